@@ -1,0 +1,57 @@
+"""What every test gets: a check that it leaves no thread and no child process behind, and repeatable random examples."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples each time: a failure is of the change that it is seen with. Machines differ in speed, so no deadline.
+settings.register_profile("zmqserve", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("zmqserve")
+
+LEAVE_S = 5.0
+"""What a thread or process may take to end after its test, on a busy machine."""
+
+_KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
+_KEPT_PROCESSES = ("resource_tracker", "forkserver")
+"""Parts of names: those that a library starts once for the life of the process."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    """Fail a test that leaves a thread or a child process. What a fixture of a wider scope started before is its own affair."""
+    threads_before = set(threading.enumerate())
+    children_before = set(psutil.Process().children())
+    yield
+    deadline_s = time.monotonic() + LEAVE_S
+    threads = [thread for thread in threading.enumerate() if thread not in threads_before and not _is_kept_thread(thread)]
+    for thread in threads:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    children = [child for child in psutil.Process().children() if child not in children_before and not _is_kept_process(child)]
+    _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline_s - time.monotonic()))
+    left = [f"thread {thread.name!r}" for thread in threads if thread.is_alive()]
+    left += [f"process {child.pid}: {_command(child)}" for child in alive]
+    for child in alive:
+        child.kill()
+    if left:
+        pytest.fail(f"left running: {'; '.join(left)}", pytrace=False)
+
+
+def _is_kept_thread(thread: threading.Thread) -> bool:
+    return any(part in thread.name or part in type(thread).__name__ for part in _KEPT_THREADS)
+
+
+def _is_kept_process(child: psutil.Process) -> bool:
+    return any(part in _command(child) for part in _KEPT_PROCESSES)
+
+
+def _command(child: psutil.Process) -> str:
+    try:
+        return " ".join(child.cmdline()) or child.name()
+    except psutil.Error:
+        return "gone"

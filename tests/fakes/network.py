@@ -1,0 +1,371 @@
+"""A Broker without sockets or clocks: sends are recorded, time is told, clients and workers say what the test lets them say.
+
+`Network.check` holds at any moment; `Network.assert_clean` when everything has been answered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+from typing import Any
+
+from zmqserve import messages as m
+from zmqserve.broker import Broker
+from zmqserve.config import ControllerConfig
+from zmqserve.flight import Envelope, Flight
+from zmqserve.flights import FULL, GONE, SENT
+from zmqserve.registry import Worker
+
+STEP_S = 0.25
+"""The longest that a controller sleeps."""
+VERBS = ["generate", "chat", "embed", "count_tokens", "model_details"]
+
+_to_client = m.decoder(m.ToClient)
+_controller_head = m.decoder(m.ControllerHead)
+
+
+def card(name: str = "m", **fields: Any) -> m.ModelCard:
+    """A model that can do everything."""
+    return m.ModelCard(name, **{"verbs": VERBS, **fields})
+
+
+class Network:
+    """`gone` and `full` are routing ids whose sends fail in that way. What is sent to one that is FULL still arrives."""
+
+    def __init__(self, seed: int = 1, **settings: Any) -> None:
+        self.now = 1000.0
+        self.config = ControllerConfig(**settings)
+        self.gone: set[bytes] = set()
+        self.full: set[bytes] = set()
+        self.clients: dict[Envelope, ScriptedClient] = {}
+        self.workers: dict[bytes, ScriptedWorker] = {}
+        self.reports: list[dict[str, Any]] = []
+        self.stray: list[bytes] = []
+        self._epochs = 1_000_000
+        self.broker = Broker(
+            self.config,
+            controller_id="here",
+            version="0",
+            send_client=self._send_client,
+            send_worker=self._send_worker,
+            report=lambda event, **fields: self.reports.append({"event": event, **fields}),
+            random=Random(seed),
+            new_epoch=self._new_epoch,
+            now=self.now,
+        )
+        self.tick()
+
+    def _new_epoch(self) -> int:
+        self._epochs += 1
+        return self._epochs
+
+    def _status(self, identity: bytes) -> int:
+        if identity in self.gone:
+            return GONE
+        return FULL if identity in self.full else SENT
+
+    def _send_client(self, envelope: Envelope, payload: bytes) -> int:
+        status = self._status(envelope[0])
+        if status != GONE:
+            client = self.clients.get(envelope)
+            if client is None:
+                self.stray.append(payload)
+            else:
+                client.take(_to_client.decode(payload))
+        return status
+
+    def _send_worker(self, identity: bytes, head: bytes, payload: bytes) -> int:
+        status = self._status(identity)
+        if status != GONE and identity in self.workers:
+            self.workers[identity].take(_controller_head.decode(head), payload)
+        return status
+
+    # --- time
+
+    def tick(self) -> None:
+        """Let the broker do what is due."""
+        self.broker.tick(self.now)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass as a controller's loop does: from one due time to the next, never sleeping for long."""
+        until = self.now + seconds
+        while self.now < until:
+            due = self.broker.agenda.next_s()
+            self.now = min(until, self.now + STEP_S, until if due is None else max(self.now, due))
+            self.tick()
+
+    def beat_for(self, seconds: float, *workers: ScriptedWorker) -> None:
+        """Let time pass while these workers send their heartbeats."""
+        for _ in range(round(seconds / 0.5)):
+            self.advance(0.5)
+            for worker in workers:
+                worker.load()
+
+    # --- peers
+
+    def client(self, *envelope: bytes) -> ScriptedClient:
+        """A client; without an envelope, on a connection of its own."""
+        frames = envelope or (b"\0cl%02d" % len(self.clients),)
+        client = self.clients[frames] = ScriptedClient(self, frames)
+        return client
+
+    def worker(
+        self, name: str = "w", *cards: m.ModelCard, register: bool = True, identity: bytes | None = None, **offer: Any
+    ) -> ScriptedWorker:
+        """A worker of model ``m`` (or the cards given), registered as ready unless told otherwise."""
+        identity = identity or b"\0wk%02d" % len(self.workers)
+        worker = self.workers[identity] = ScriptedWorker(self, identity, name, list(cards) or [card()], offer)
+        if register:
+            worker.ready()
+        return worker
+
+    # --- what must hold
+
+    @property
+    def counters(self) -> Counter[str]:
+        """The broker's."""
+        return self.broker.counters
+
+    def ends(self) -> list[dict[str, Any]]:
+        """The broker's line for each request that has ended."""
+        return [report for report in self.reports if report["event"] == "request"]
+
+    def check(self) -> None:
+        """The books agree with each other."""
+        registry, flights = self.broker.registry, self.broker.flights
+        running: list[Flight] = [flight for worker in registry for flight in worker.flights.values()]
+        assert flights.running == len(running)
+        assert not flights._homeless
+        assert not flights._placing
+        routes: Counter[bytes] = Counter()
+        for worker in registry:
+            self._check_worker(worker)
+            routes.update(m.more_head(worker.epoch, flight.client.number) for flight in worker.flights.values())
+        assert {head: route.flights for head, route in flights.routes.items()} == dict(routes)
+        waiting: list[Flight] = []
+        for client in flights.clients.values():
+            assert client.flights, f"{client!r} has nothing open"
+            assert not client.gone
+            assert client.timer is not None
+            assert client.timer.action is not None
+            waiting += [flight for flight in client.flights.values() if flight.worker is None]
+        by_connection = {(number, client) for group in flights._connections.values() for number, client in group.items()}
+        assert by_connection == {(client.number, client) for client in flights.clients.values()}
+        assert all(flight.waiting and flight.open for flight in waiting)
+        for flight in running:
+            assert flight.open
+            assert not flight.waiting
+            assert flight.client.flights[flight.rid] is flight
+            assert flight.ending is not None or not flight.client.gone
+        for pool in registry.pools.values():
+            mine = [flight for flight in waiting if flight.pool is pool]
+            assert len(pool.waiting) == len(mine)
+            assert pool.waiting.bytes == sum(len(flight.payload) for flight in mine)
+            assert pool.running == sum(flight.pool is pool for flight in running)
+            assert pool.workers or pool.orphan_timer is not None
+            for flight in mine:
+                idle = [w.name for w in pool.workers.values() if w.has_room(flight.need) and pool.serves(w, flight.need)]
+                assert not idle, f"{flight!r} waits while {idle} have room"
+                assert not pool.hopeless(flight.need) or pool.orphan_timer is not None
+        assert sum(len(pool.waiting) for pool in registry.pools.values()) == len(waiting)
+        timers = sum(len(worker.timers) for worker in registry) + sum(pool.orphan_timer is not None for pool in registry.pools.values())
+        for flight in running + waiting:
+            timers += sum(timer is not None and timer.action is not None for timer in (flight.timer, flight.cancel_timer))
+        assert len(self.broker.agenda) == timers + len(flights.clients)
+
+    def _check_worker(self, worker: Worker) -> None:
+        slotted = sum(flight.slotted for flight in worker.flights.values())
+        assert worker.running == slotted
+        assert 0 <= slotted <= worker.slots
+        assert worker.others >= 0
+        assert self.broker.registry.by_name[worker.name] is worker
+        for (number, rid), flight in worker.flights.items():
+            assert flight.worker is worker
+            assert (flight.client.number, flight.rid) == (number, rid)
+        for pool in worker.pools:
+            assert pool.workers[worker.identity] is worker
+
+    def assert_clean(self) -> None:
+        """Nothing is in progress and nothing is left over; each request of a client that lives has ended exactly once."""
+        self.check()
+        flights = self.broker.flights
+        assert not flights.clients
+        assert not flights.routes
+        assert not flights.running
+        assert all(not worker.flights and not worker.running for worker in self.broker.registry)
+        assert all(not len(pool.waiting) and not pool.waiting.bytes for pool in self.broker.registry.pools.values())
+        for client in self.clients.values():
+            for rid in client.asked:
+                ends = client.ends(rid)
+                assert len(ends) == client.asked[rid] or client.envelope[0] in self.gone, f"rid {rid} ended with {ends}"
+
+
+class ScriptedClient:
+    """Sends what it is told to, and keeps what comes."""
+
+    def __init__(self, network: Network, envelope: Envelope) -> None:
+        self.network = network
+        self.envelope = envelope
+        self.got: list[Any] = []
+        self.asked: Counter[int] = Counter()
+
+    def take(self, message: Any) -> None:
+        self.got.append(message)
+
+    def send(self, message: Any) -> None:
+        """Any message, or raw bytes."""
+        payload = message if isinstance(message, bytes) else m.encode(message)
+        self.network.broker.from_client(self.network.now, self.envelope, payload)
+
+    def generate(self, rid: int, model: str = "m", **fields: Any) -> None:
+        """Ask for an answer."""
+        self.request(m.Generate(rid, model, **{"prompt": "hello", **fields}))
+
+    def request(self, request: Any) -> None:
+        """Any request with a rid that must end once."""
+        self.asked[request.rid] += 1
+        self.send(request)
+
+    def cancel(self, rid: int) -> None:
+        self.send(m.Cancel(rid))
+
+    def ping(self, ttl_ms: int = 3000, rids: list[int] | None = None) -> m.Pong:
+        """Ping with these rids (those that are open); returns the answer."""
+        open_rids = [rid for rid in self.asked if len(self.ends(rid)) < self.asked[rid]]
+        self.send(m.Ping(ttl_ms, open_rids if rids is None else rids))
+        pong = self.got.pop()
+        assert isinstance(pong, m.Pong)
+        return pong
+
+    def ends(self, rid: int) -> list[Any]:
+        """What ended the request: not chunks."""
+        return [message for message in self.got if getattr(message, "rid", None) == rid and not isinstance(message, m.Chunk)]
+
+    def end(self, rid: int) -> Any:
+        """The one message that ended it."""
+        ends = self.ends(rid)
+        assert len(ends) == 1, f"rid {rid} ended with {ends}"
+        return ends[0]
+
+    def error(self, rid: int) -> m.Error:
+        """The one error that ended it."""
+        end = self.end(rid)
+        assert isinstance(end, m.Error), end
+        return end
+
+
+class Task:
+    """A request as its worker has it."""
+
+    def __init__(self, worker: ScriptedWorker, head: m.ControllerHead, payload: bytes) -> None:
+        self.worker, self.head, self.payload = worker, head, payload
+        self.rid, self.client = head.rid, head.client
+        self.seq = 0
+        self.cancelled = False
+
+    def _say(self, kind: int, payload: bytes, **fields: Any) -> None:
+        self.worker.say(kind, payload, epoch=self.head.epoch, client=self.client, rid=self.rid, **fields)
+
+    def _chunk(self, text: str) -> bytes:
+        self.seq += 1
+        return m.encode(m.Chunk(self.rid, self.seq - 1, 0, text, b""))
+
+    def first(self, text: str = "a") -> None:
+        self._say(m.FIRST, self._chunk(text))
+
+    def more(self, text: str = "b") -> None:
+        """A chunk that takes the relay's slow path through the broker."""
+        self.worker.say(m.MORE, self._chunk(text), epoch=self.head.epoch, client=self.client)
+
+    def done(self, outcome: str = "stop") -> None:
+        self.worker.forget(self)
+        done = m.Done(self.rid, self.seq, [outcome], m.Usage(1, self.seq), m.Timings(self.worker.name))
+        self._say(m.DONE, m.encode(done), outcome=outcome, prompt_tokens=1, completion_tokens=self.seq)
+
+    def failed(self, code: int = 50001) -> None:
+        self.worker.forget(self)
+        self._say(m.FAILED, m.encode(m.Error(self.rid, code, "it broke")), code=code)
+
+    def busy(self) -> None:
+        self.worker.forget(self)
+        self._say(m.BUSY, b"")
+
+
+class ScriptedWorker:
+    """Registers, keeps the requests that it gets in `tasks`, and answers them as it is told to."""
+
+    def __init__(self, network: Network, identity: bytes, name: str, cards: list[m.ModelCard], offer: dict[str, Any]) -> None:
+        self.network, self.identity, self.name, self.cards = network, identity, name, cards
+        self.offer = {"slots": 1, "speed": 1.0, "ttl_ms": 3000, "state": "ready", **offer}
+        self.epoch = 0
+        self.tasks: list[Task] = []
+        self.got: list[tuple[m.ControllerHead, bytes]] = []
+
+    def take(self, head: m.ControllerHead, payload: bytes) -> None:
+        self.got.append((head, payload))
+        if head.kind == m.WELCOME:
+            self.epoch = head.epoch
+            self.tasks.clear()
+        elif head.kind == m.REREGISTER:
+            self.tasks.clear()
+        elif head.kind == m.REQUEST:
+            self.tasks.append(Task(self, head, payload))
+        elif head.kind == m.CANCEL:
+            for task in self.tasks:
+                task.cancelled = task.cancelled or (task.client, task.rid) == (head.client, head.rid)
+
+    def say(self, kind: int, payload: bytes = b"", *, epoch: int | None = None, certain: bool = True, **fields: Any) -> None:
+        """Any message, with the present epoch."""
+        head = m.WorkerHead(kind, self.epoch if epoch is None else epoch, **fields)
+        self.network.broker.from_worker(self.network.now, self.identity, m.encode(head), payload, certain)
+
+    def ready(
+        self, epoch: int = 0, *, certain: bool = True, protocol: int = m.PROTOCOL, controllers: list[str] | None = None, **offer: Any
+    ) -> None:
+        """Register, with changes to what is offered."""
+        self.offer |= offer
+        fields = self.offer
+        ready = m.Ready(
+            protocol,
+            self.name,
+            "scripted",
+            fields["state"],
+            self.cards,
+            fields["slots"],
+            fields["speed"],
+            fields["ttl_ms"],
+            controllers or [],
+        )
+        self.say(m.READY, m.encode(ready), epoch=epoch, certain=certain)
+
+    def load(self, running: int | None = None, waiting: int = 0, yours: int | None = None, step_age_ms: float = 0.0) -> None:
+        """A heartbeat; by default what is true of a worker with one controller."""
+        own = len(self.tasks)
+        figures = m.Load(own if running is None else running, waiting, own if yours is None else yours, step_age_ms)
+        self.say(m.LOAD, m.encode(figures))
+
+    def kinds(self) -> list[int]:
+        """The kinds of all that came."""
+        return [head.kind for head, _ in self.got]
+
+    def task(self, rid: int) -> Task:
+        """The request with this rid that it has."""
+        return next(task for task in self.tasks if task.rid == rid)
+
+    def forget(self, task: Task) -> None:
+        if task in self.tasks:
+            self.tasks.remove(task)
+
+    @property
+    def seen(self) -> Worker:
+        """What the broker holds of it."""
+        return self.network.broker.registry.workers[self.identity]
+
+    def is_registered(self) -> bool:
+        """Whether the broker holds this very registration or a later one."""
+        return self.identity in self.network.broker.registry.workers
+
+    def die(self) -> None:
+        """The process is gone: the next send to it finds out."""
+        self.network.gone.add(self.identity)
+        self.tasks.clear()

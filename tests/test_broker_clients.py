@@ -1,0 +1,353 @@
+"""Clients in the Broker: handshakes, Pings, those that vanish, fall silent or do not read, and garbage."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+
+from zmqserve import errors
+from zmqserve import messages as m
+
+from .fakes.network import Network, card
+
+
+def test_hello_is_answered_with_the_limits() -> None:
+    network = Network(queue_requests=7)
+    client = network.client()
+    client.send(m.Hello(m.PROTOCOL, "test"))
+    (welcome,) = client.got
+    assert (welcome.controller, welcome.limits.queue_requests, welcome.limits.ttl_ms) == ("here", 7, 3000)
+    network.assert_clean()
+
+
+def test_hello_of_another_protocol_is_refused_with_both_versions() -> None:
+    client = Network().client()
+    client.send(m.Hello(9))
+    (error,) = client.got
+    assert (error.rid, error.code, error.data) == (0, errors.ProtocolMismatch.code, {"controller": 1, "client": 9})
+
+
+def test_pong_disowns_what_this_controller_does_not_hold_for_this_client() -> None:
+    network = Network()
+    client, reconnected, worker = network.client(), network.client(), network.worker()
+    assert client.ping(rids=[5]) == m.Pong("here", [5])
+    client.generate(1)
+    assert client.ping(rids=[1, 2]).unknown == [2]
+    assert reconnected.ping(rids=[1]).unknown == [1]
+    worker.task(1).done()
+    assert client.ping(rids=[1]).unknown == [1]
+    network.assert_clean()
+
+
+def test_a_client_that_pinged_and_falls_silent_is_let_go() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=1)
+    client.generate(1)
+    client.generate(2)
+    client.ping(ttl_ms=2000)
+    network.beat_for(1.5, worker)
+    client.ping(ttl_ms=2000)
+    network.beat_for(1.5, worker)
+    assert not worker.task(1).cancelled
+    network.beat_for(1.0, worker)
+    assert worker.task(1).cancelled
+    assert client.ping(rids=[1, 2]).unknown == [1, 2]
+    worker.task(1).done("cancelled")
+    assert not worker.tasks
+    assert client.got == []
+    assert [end["outcome"] for end in network.ends()] == ["client silent"] * 2
+    network.check()
+
+
+def test_a_new_request_keeps_its_client_alive() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=9)
+    client.generate(1)
+    client.ping(ttl_ms=1000)
+    for rid in range(2, 6):
+        network.beat_for(0.5, worker)
+        client.generate(rid)
+    network.beat_for(0.5, worker)
+    assert not worker.task(1).cancelled
+
+
+def test_a_vanished_clients_slots_are_freed() -> None:
+    network = Network()
+    client, other, worker = network.client(), network.client(), network.worker(slots=1)
+    client.generate(1)
+    client.generate(2)
+    other.generate(3)
+    network.gone.add(client.envelope[0])
+    worker.task(1).first()
+    assert worker.task(1).cancelled
+    worker.task(1).done("cancelled")
+    assert [task.rid for task in worker.tasks] == [3]
+    worker.task(3).done()
+    network.assert_clean()
+
+
+def test_everybody_behind_a_connection_goes_with_it() -> None:
+    network = Network()
+    one, two, worker = network.client(b"\0p", b"1"), network.client(b"\0p", b"2"), network.worker(slots=2)
+    one.generate(1)
+    two.generate(2)
+    network.gone.add(b"\0p")
+    worker.task(1).first()
+    assert all(task.cancelled for task in worker.tasks)
+    for task in list(worker.tasks):
+        task.done("cancelled")
+    network.assert_clean()
+
+
+def test_a_slow_client_is_told_once_per_request_and_nobody_else_notices() -> None:
+    network = Network()
+    slow, other, worker = network.client(), network.client(), network.worker(slots=3)
+    for rid in (1, 2, 3):
+        slow.generate(rid)
+    other.generate(4)
+    network.full.add(slow.envelope[0])
+    worker.task(1).first()
+    assert [slow.error(rid).code for rid in (1, 2, 3)] == [errors.SlowConsumer.code] * 3
+    network.gone.add(slow.envelope[0])
+    for rid in (1, 2):
+        worker.task(rid).more()
+        worker.task(rid).done("cancelled")
+    assert [task.cancelled for task in worker.tasks] == [True, False]
+    worker.task(3).done("cancelled")
+    worker.task(4).done()
+    network.assert_clean()
+
+
+def test_an_answer_that_fills_the_outbox_is_the_only_end_of_its_request() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=2)
+    client.generate(1)
+    client.generate(2)
+    network.full.add(client.envelope[0])
+    worker.task(1).done()
+    assert client.end(1).finish_reasons == ["stop"]
+    assert client.error(2).code == errors.SlowConsumer.code
+    worker.task(2).done("cancelled")
+    network.assert_clean()
+
+
+def test_a_slow_client_may_come_again_on_its_connection() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=2)
+    client.generate(1)
+    network.full.add(client.envelope[0])
+    worker.task(1).first()
+    network.full.clear()
+    client.generate(1)
+    old, new = worker.tasks
+    assert old.client != new.client
+    new.done()
+    old.done("cancelled")
+    assert len(client.ends(1)) == 2
+    network.assert_clean()
+
+
+# --- client and worker go together
+
+
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("first", ["worker", "client"])
+def test_a_client_and_its_worker_may_go_at_the_same_time(first: str, started: bool) -> None:
+    network = Network(max_attempts=1)
+    client, worker = network.client(), network.worker(slots=2)
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    if started:
+        worker.task(2).first()
+    task = worker.task(2)
+    network.gone |= {client.envelope[0], worker.identity}
+    if first == "client":
+        task.more()
+    network.advance(4.0)
+    network.advance(11.0)
+    network.assert_clean()
+    assert len(network.ends()) == 3
+
+
+def test_a_vanished_client_is_found_when_its_waiting_request_is_cancelled() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2)
+    client.generate(3)
+    network.gone.add(client.envelope[0])
+    client.cancel(2)
+    assert worker.task(1).cancelled
+    worker.task(1).done("cancelled")
+    network.assert_clean()
+    assert len(network.ends()) == 3
+
+
+def test_a_vanished_client_is_found_when_its_model_is_given_up() -> None:
+    network = Network(orphan_grace_s=2.0)
+    client, worker = network.client(), network.worker()
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    worker.say(m.BYE)
+    network.gone.add(client.envelope[0])
+    network.advance(2.5)
+    network.assert_clean()
+    assert len(network.ends()) == 3
+
+
+def test_cancelling_all_of_a_silent_clients_requests_may_find_the_worker_gone() -> None:
+    network = Network()
+    client, one = network.client(), network.worker("one", slots=3)
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    one.task(2).first()
+    client.ping(ttl_ms=500)
+    two = network.worker("two", slots=3)
+    network.beat_for(0.2, one, two)
+    one.die()
+    network.beat_for(1.0, two)
+    for task in list(two.tasks):
+        assert task.cancelled
+        task.done("cancelled")
+    network.beat_for(6.0, two)
+    network.gone.add(client.envelope[0])
+    network.assert_clean()
+    assert len(network.ends()) == 3
+
+
+def test_the_default_deadline_may_find_the_worker_gone() -> None:
+    network = Network(default_deadline_s=2.0, max_attempts=1, ttl_s=1000.0)
+    client, worker = network.client(), network.worker(slots=3, ttl_ms=10**6)
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    worker.die()
+    network.advance(2.5)
+    assert [type(client.end(rid)) for rid in (1, 2, 3)] == [m.Error] * 3
+    network.advance(11.0)
+    network.assert_clean()
+
+
+def test_a_proxy_that_vanishes_takes_clients_on_many_workers_along() -> None:
+    network = Network()
+    clients = [network.client(b"\0p", b"%d" % number) for number in range(10)]
+    workers = [network.worker(f"w{number}", slots=4) for number in range(3)]
+    for number, client in enumerate(clients):
+        client.generate(1 + 2 * number)
+        client.generate(2 + 2 * number)
+    network.gone |= {b"\0p", workers[0].identity, workers[1].identity}
+    workers[2].tasks[0].first()
+    for _ in range(60):
+        for task in list(workers[2].tasks):
+            task.done("cancelled" if task.cancelled else "stop")
+        network.beat_for(0.5, workers[2])
+    network.assert_clean()
+
+
+# --- questions to the controller itself
+
+
+def test_status_and_models_tell_what_is_so() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker("w", card("m", context_length=99), slots=1, speed=2.0)
+    client.generate(1)
+    client.generate(2)
+    worker.task(1).first()
+    network.advance(1.0)
+    worker.load(running=1, yours=1, step_age_ms=12.5)
+    client.send(m.Status(100))
+    status = client.end(100).status
+    (seen,), (model,) = status.workers, status.models
+    assert (seen.name, seen.state, seen.running, seen.free, seen.speed, seen.step_age_ms) == ("w", "ready", 1, 0, 2.0, 12.5)
+    assert (model.state, model.running, model.waiting, model.slots, model.card.context_length) == ("ready", 1, 1, 1, 99)
+    assert model.waiting_bytes > 0
+    assert (status.controller, status.clients, status.running, status.waiting) == ("here", 1, 1, 1)
+    assert (status.dispatch, status.up_s, status.counters["requests"]) == ("shortest_queue", 1.0, 2)
+    client.send(m.ListModels(101))
+    assert [served.card.name for served in client.end(101).models] == ["m"]
+    worker.say(m.BYE)
+    client.send(m.ListModels(102))
+    assert client.end(102).models == []
+
+
+def test_shutting_down_ends_every_request_and_lets_workers_go_on() -> None:
+    network = Network()
+    client, other, worker = network.client(), network.client(), network.worker(slots=1)
+    client.generate(1)
+    client.generate(2)
+    other.generate(3)
+    worker.task(1).first()
+    network.broker.shut_down(network.now)
+    for who, rid in ((client, 1), (client, 2), (other, 3)):
+        assert (who.error(rid).code, who.error(rid).retryable) == (errors.GoingAway.code, True)
+        assert sum(isinstance(message, m.GoAway) for message in who.got) == 1
+    assert worker.task(1).cancelled
+    worker.task(1).done("cancelled")
+    network.assert_clean()
+
+
+# --- garbage
+
+
+@pytest.mark.parametrize(
+    ("payload", "rid"),
+    [
+        (b"", 0),
+        (b"\xc1", 0),
+        (b"hello", 0),
+        (b"\x91" * 100_000, 0),
+        (m.encode([2, 7]), 7),
+        (m.encode([2, 7, ""]), 7),
+        (m.encode([2, 7, "m", 1000]), 7),
+        (m.encode([2, -7, "m"]), 0),
+        (m.encode([2, 2**64 - 1, "m"]), 0),
+        (m.encode([99, 7]), 7),
+        (m.encode([9]), 0),
+        (m.encode([10, 0, []]), 0),
+        (m.encode({"rid": 1}), 0),
+        (b"\x93\x02\x07\xa1\xff", 7),
+        (m.encode([2, 7, "m", 0, None, None, 0, None, None]) + b"x", 0),
+    ],
+)
+def test_what_is_no_message_is_answered_with_an_error_that_names_the_rid_if_it_can(payload: bytes, rid: int) -> None:
+    network = Network()
+    client = network.client()
+    network.worker()
+    client.send(payload)
+    (error,) = client.got
+    assert (type(error), error.rid, error.retryable) == (m.Error, rid, False)
+    network.assert_clean()
+
+
+@hypothesis_settings(max_examples=1000)
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.one_of(st.integers(-5, 110), st.text(max_size=5), st.none(), st.binary(max_size=5), st.floats()), max_size=12).map(
+            m.encode
+        ),
+        st.tuples(st.integers(0, 40), st.binary(max_size=30)).map(lambda pair: b"\x9b" + bytes([pair[0]]) + pair[1]),
+    )
+)
+def test_no_bytes_at_all_make_the_broker_raise(data: bytes) -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.send(data)
+    network.broker.from_worker(network.now, worker.identity, data, data)
+    network.broker.from_worker(network.now, b"\0strange", data, data, certain=False)
+    worker.say(m.READY, data, epoch=0)
+    worker.say(m.LOAD, data)
+    network.check()
+
+
+def test_a_message_cut_anywhere_is_an_error_or_nothing() -> None:
+    network = Network()
+    client = network.client()
+    network.worker()
+    whole = m.encode(m.Generate(7, "m", prompt="hello", affinity="k", trace="t"))
+    for end in range(len(whole)):
+        client.send(whole[:end])
+    assert {type(message) for message in client.got} == {m.Error}
+    assert msgspec.msgpack.decode(whole, type=m.Generate).prompt == "hello"

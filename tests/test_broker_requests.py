@@ -1,0 +1,488 @@
+"""A request's life in the Broker: admitted, dispatched, waiting, ended. Time is told, sends are recorded."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from zmqserve import errors
+from zmqserve import messages as m
+from zmqserve.registry import MOST_LIGHT
+
+from .fakes.network import Network, card
+
+
+def heads(worker_got: list[tuple[m.ControllerHead, bytes]], kind: int) -> list[m.ControllerHead]:
+    return [head for head, _ in worker_got if head.kind == kind]
+
+
+def test_a_request_goes_to_a_worker_and_its_answer_to_the_client() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(7, deadline_ms=5000, trace="00-abc")
+    task = worker.task(7)
+    assert msgspec.msgpack.decode(task.payload, type=m.Generate).prompt == "hello"
+    assert (task.head.deadline_ms, task.head.attempts, task.head.queue_ms) == (5000, 0, 0.0)
+    task.first()
+    task.more()
+    network.check()
+    task.done()
+    assert [type(message).__name__ for message in client.got] == ["Chunk", "Chunk", "Done"]
+    network.assert_clean()
+    (end,) = network.ends()
+    assert (end["outcome"], end["worker"], end["completion_tokens"], end["trace"]) == ("stop", "w", 2, "00-abc")
+
+
+def test_the_payload_reaches_the_worker_untouched_newer_fields_included() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    fields = msgspec.msgpack.decode(m.encode(m.Generate(7, "m", prompt="hi")))
+    payload = m.encode([*fields, None, "a field of the future"])
+    client.send(payload)
+    assert worker.task(7).payload == payload
+
+
+def test_a_failed_request_ends_with_the_workers_error() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(7)
+    worker.task(7).failed(50002)
+    assert client.error(7).code == errors.OutOfMemory.code
+    network.assert_clean()
+    assert (network.ends()[0]["outcome"], network.ends()[0]["code"]) == ("failed", 50002)
+
+
+def test_two_clients_with_one_rid_get_their_own_answers() -> None:
+    network = Network()
+    one, two, worker = network.client(), network.client(), network.worker(slots=2)
+    one.generate(7)
+    two.generate(7)
+    first, second = worker.tasks
+    assert first.client != second.client
+    second.done("length")
+    assert not one.got
+    first.done("stop")
+    assert (one.end(7).finish_reasons, two.end(7).finish_reasons) == (["stop"], ["length"])
+    network.assert_clean()
+
+
+def test_a_rid_in_flight_is_refused_again_and_free_after_its_end() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=2)
+    client.generate(7)
+    client.generate(7)
+    assert client.error(7).code == errors.DuplicateRequest.code
+    assert len(worker.tasks) == 1
+    worker.task(7).done()
+    client.generate(7)
+    worker.task(7).done()
+    assert len(client.ends(7)) == 3
+    network.assert_clean()
+
+
+def test_clients_numbers_are_never_used_twice() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    numbers = []
+    for rid in range(1, 5):
+        client.generate(rid)
+        numbers.append(worker.task(rid).client)
+        worker.task(rid).done()
+    assert len(set(numbers)) == 4
+
+
+# --- no worker, or none that can
+
+
+def test_an_unknown_model_is_named_beside_those_there_are() -> None:
+    network = Network()
+    client = network.client()
+    client.generate(1, "nobody")
+    assert "no worker has registered yet" in client.error(1).message
+    network.worker("a", card("m2"), card("m1"))
+    client.generate(2, "nobody")
+    error = client.error(2)
+    assert (error.code, error.data["known_models"]) == (errors.UnknownModel.code, ["m1", "m2"])
+    assert "known: m1, m2" in error.message
+    network.assert_clean()
+
+
+def test_a_model_that_is_loading_says_so() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(state="loading", slots=0)
+    client.generate(1)
+    error = client.error(1)
+    assert (error.code, error.retryable, error.retry_after_ms) == (errors.ModelLoading.code, True, 1000)
+    worker.ready(worker.epoch, state="ready", slots=1)
+    client.generate(2)
+    worker.task(2).done()
+    network.assert_clean()
+
+
+def test_a_verb_that_the_model_lacks_is_unsupported() -> None:
+    network = Network()
+    client = network.client()
+    network.worker("w", card(verbs=["generate", "model_details"]))
+    client.request(m.Embed(1, "m", texts=["a"]))
+    error = client.error(1)
+    assert (error.code, error.data["verbs"]) == (errors.Unsupported.code, ["generate", "model_details"])
+    network.assert_clean()
+
+
+def test_a_resume_goes_only_to_an_equal_fingerprint() -> None:
+    network = Network()
+    client = network.client()
+    one, two = network.worker("one", card(fingerprint="f1"), slots=9), network.worker("two", card(fingerprint="f2"), slots=9)
+    for rid in range(1, 5):
+        client.generate(rid, fingerprint="f2")
+    assert (len(one.tasks), len(two.tasks)) == (0, 4)
+    client.generate(9, fingerprint="f3")
+    error = client.error(9)
+    assert (error.code, error.retryable) == (errors.WorkerLost.code, False)
+
+
+def test_an_alias_names_the_same_model_also_while_its_worker_is_away() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker("w", card("m", aliases=["nick"]))
+    client.generate(1, "nick")
+    worker.task(1).done()
+    worker.say(m.BYE)
+    client.generate(2, "nick")
+    again = network.worker("again", card("m", aliases=["nick"]))
+    again.task(2).done()
+    network.assert_clean()
+
+
+def test_one_worker_serves_several_models_from_the_same_slots() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker("w", card("a"), card("b"), slots=1)
+    client.generate(1, "a")
+    client.generate(2, "b", priority=0)
+    client.generate(3, "a", priority=-1)
+    assert [task.rid for task in worker.tasks] == [1]
+    worker.task(1).done()
+    assert [task.rid for task in worker.tasks] == [3]
+    worker.task(3).done()
+    worker.task(2).done()
+    network.assert_clean()
+
+
+# --- waiting
+
+
+def test_what_finds_every_slot_taken_waits_its_turn() -> None:
+    network = Network()
+    greedy, modest, worker = network.client(), network.client(), network.worker(slots=1)
+    for rid in (1, 2, 3):
+        greedy.generate(rid)
+    modest.generate(4)
+    modest.generate(5, priority=-1)
+    served = []
+    while worker.tasks:
+        network.check()
+        served.append(worker.tasks[0].rid)
+        network.advance(0.1)
+        worker.tasks[0].done()
+    assert served == [1, 5, 2, 4, 3]
+    assert network.ends()[-1]["queue_ms"] == pytest.approx(400)
+    network.assert_clean()
+
+
+@pytest.mark.parametrize("settings", [{"queue_requests": 2}, {"queue_bytes": 60}])
+def test_beyond_its_bounds_the_queue_is_overloaded(settings: dict[str, int]) -> None:
+    network = Network(**settings)
+    client, worker = network.client(), network.worker()
+    for rid in (1, 2, 3, 4):
+        client.generate(rid)
+    error = client.error(4)
+    assert (error.code, error.retryable) == (errors.Overloaded.code, True)
+    assert error.retry_after_ms is not None
+    assert error.retry_after_ms >= 50
+    network.check()
+    for rid in (1, 2, 3):
+        worker.task(rid).done()
+    network.assert_clean()
+
+
+def test_an_overloaded_stranger_leaves_nothing_behind() -> None:
+    network = Network(queue_requests=1)
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2)
+    for _ in range(20):
+        network.client().generate(3)
+    assert len(network.broker.flights.clients) == 1
+    worker.task(1).done()
+    worker.task(2).done()
+    network.assert_clean()
+
+
+def test_light_requests_take_no_slot_and_pass_those_that_wait() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=1)
+    client.generate(1)
+    client.generate(2)
+    client.request(m.CountTokens(3, "m", prompt="a"))
+    client.request(m.ModelDetails(4, "m"))
+    assert [task.rid for task in worker.tasks] == [1, 3, 4]
+    assert worker.seen.running == 1
+    for rid in (3, 4, 1, 2):
+        worker.task(rid).done("ok")
+    network.assert_clean()
+
+
+def test_a_flood_of_light_requests_waits_instead_of_filling_the_workers_pipe() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=1)
+    for rid in range(1, MOST_LIGHT + 11):
+        client.request(m.CountTokens(rid, "m", prompt="a"))
+    assert len(worker.tasks) == MOST_LIGHT
+    network.check()
+    client.generate(1000)
+    assert worker.seen.running == 1
+    worker.task(1).done("ok")
+    assert worker.task(MOST_LIGHT + 1).head.kind == m.REQUEST
+    while worker.tasks:
+        worker.tasks[0].done()
+    network.assert_clean()
+
+
+def test_light_requests_that_waited_are_fed_although_every_slot_is_taken() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=1)
+    worker.say(m.BYE)
+    for rid in (1, 2):
+        client.generate(rid)
+    client.request(m.CountTokens(3, "m", prompt="a"))
+    again = network.worker("again", slots=1)
+    assert sorted(task.rid for task in again.tasks) == [1, 3]
+
+
+# --- busy
+
+
+def test_a_busy_workers_request_goes_elsewhere_with_no_attempt_spent() -> None:
+    network = Network()
+    client, one = network.client(), network.worker("one")
+    client.generate(1)
+    two = network.worker("two")
+    one.task(1).busy()
+    assert two.task(1).head.attempts == 0
+    assert one.seen.free == 0
+    one.load()
+    assert one.seen.free == 1
+    two.task(1).done()
+    network.assert_clean()
+    assert network.counters["busy"] == 1
+
+
+def test_a_busy_workers_request_waits_at_the_head() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=2)
+    for rid in (1, 2, 3, 4):
+        client.generate(rid)
+    worker.task(2).busy()
+    assert len(network.broker.registry.pools["m"].waiting) == 3
+    worker.load(running=1, yours=1)
+    assert [task.rid for task in worker.tasks] == [1, 2]
+    for rid in (1, 2, 3, 4):
+        worker.task(rid).done()
+    network.assert_clean()
+
+
+def test_busy_ends_a_request_that_was_cancelled_meanwhile() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.cancel(1)
+    worker.task(1).busy()
+    assert client.end(1).finish_reasons == ["cancelled"]
+    network.assert_clean()
+
+
+def test_busy_ends_a_request_whose_deadline_has_passed_as_too_late() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1, deadline_ms=500)
+    network.advance(0.6)
+    worker.task(1).busy()
+    assert client.error(1).code == errors.DeadlineExceeded.code
+    network.assert_clean()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_busy_to_what_had_begun_or_takes_no_slot_breaks_the_protocol(begun: bool) -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    if begun:
+        client.generate(1)
+        worker.task(1).first()
+    else:
+        client.request(m.CountTokens(1, "m", prompt="a", attempts=1))
+    task = worker.task(1)
+    worker.say(m.BUSY, epoch=task.head.epoch, client=task.client, rid=1)
+    assert not worker.is_registered()
+    assert client.error(1).code == errors.WorkerLost.code
+    network.assert_clean()
+
+
+# --- cancel
+
+
+def test_cancelling_what_waits_ends_it_at_once() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2)
+    client.cancel(2)
+    client.cancel(2)
+    assert client.end(2).finish_reasons == ["cancelled"]
+    worker.task(1).done()
+    network.assert_clean()
+
+
+def test_cancelling_what_runs_tells_the_worker_once_and_keeps_the_slot_until_it_lets_go() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    worker.task(1).first()
+    client.cancel(1)
+    client.cancel(1)
+    assert len(heads(worker.got, m.CANCEL)) == 1
+    assert worker.seen.free == 0
+    worker.task(1).done("cancelled")
+    assert client.end(1).finish_reasons == ["cancelled"]
+    network.assert_clean()
+
+
+def test_done_may_win_against_cancel() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.cancel(1)
+    worker.task(1).done("stop")
+    assert client.end(1).finish_reasons == ["stop"]
+    assert network.ends()[0]["outcome"] == "stop"
+    network.assert_clean()
+
+
+def test_cancelling_what_has_ended_or_never_was_is_harmless() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    worker.task(1).done()
+    client.cancel(1)
+    client.cancel(99)
+    network.client().cancel(1)
+    network.assert_clean()
+    assert len(client.got) == 1
+
+
+def test_a_worker_that_does_not_cancel_in_time_gets_no_new_work_until_it_does() -> None:
+    network = Network(cancel_timeout_s=1.0)
+    client, worker = network.client(), network.worker(slots=2)
+    client.generate(1)
+    client.cancel(1)
+    network.beat_for(1.5, worker)
+    assert worker.seen.state == "stalled"
+    client.generate(2)
+    assert len(worker.tasks) == 1
+    worker.task(1).done("cancelled")
+    assert worker.seen.state == "ready"
+    worker.task(2).done()
+    network.assert_clean()
+
+
+# --- deadlines
+
+
+def test_a_deadline_passes_in_the_queue() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2, deadline_ms=1000)
+    network.beat_for(1.0, worker)
+    assert client.error(2).code == errors.DeadlineExceeded.code
+    worker.task(1).done()
+    network.assert_clean()
+    assert network.ends()[0]["code"] == errors.DeadlineExceeded.code
+
+
+@pytest.mark.parametrize("outcome", ["cancelled", "stop"])
+def test_a_deadline_passes_while_the_worker_answers(outcome: str) -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1, deadline_ms=1000)
+    worker.task(1).first()
+    network.beat_for(1.0, worker)
+    assert worker.task(1).cancelled
+    worker.task(1).done(outcome)
+    if outcome == "cancelled":
+        assert client.error(1).code == errors.DeadlineExceeded.code
+    else:
+        assert client.end(1).finish_reasons == ["stop"]
+    network.assert_clean()
+    assert network.ends()[0]["outcome"] == ("deadline" if outcome == "cancelled" else "stop")
+
+
+def test_a_deadline_passes_and_then_the_worker_is_lost() -> None:
+    network = Network(cancel_timeout_s=60.0)
+    client, worker = network.client(), network.worker()
+    client.generate(1, deadline_ms=500)
+    network.advance(1.0)
+    worker.die()
+    network.advance(3.0)
+    assert client.error(1).code == errors.DeadlineExceeded.code
+    network.advance(11.0)
+    network.assert_clean()
+
+
+def test_the_time_waited_is_taken_off_the_deadline_told_to_the_worker() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2, deadline_ms=5000)
+    network.advance(2.0)
+    worker.task(1).done()
+    assert worker.task(2).head.deadline_ms == pytest.approx(3000, abs=1)
+    assert worker.task(2).head.queue_ms == pytest.approx(2000)
+
+
+def test_the_longest_deadline_is_one_that_a_worker_can_read() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    for rid in range(1, 40):
+        network.now += 0.017
+        client.generate(rid, deadline_ms=2**53)
+        head = worker.task(rid).head
+        assert m.read(m.decoder(m.ControllerHead), m.encode(head)) == head
+        worker.task(rid).done()
+
+
+def test_requests_without_a_deadline_of_clients_that_never_ping_end_after_the_default_one() -> None:
+    network = Network(default_deadline_s=5.0)
+    client, worker = network.client(), network.worker()
+    client.generate(1, deadline_ms=60_000)
+    client.generate(2)
+    network.beat_for(2.0, worker)
+    client.generate(3)
+    network.beat_for(3.5, worker)
+    assert client.error(2).code == errors.DeadlineExceeded.code
+    assert not client.ends(3)
+    network.beat_for(2.5, worker)
+    assert client.error(3).code == errors.DeadlineExceeded.code
+    assert not client.ends(1)
+    worker.task(1).done()
+    network.assert_clean()
+
+
+def test_a_client_that_pings_is_not_bound_by_the_default_deadline() -> None:
+    network = Network(default_deadline_s=5.0)
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    for _ in range(10):
+        assert client.ping().unknown == []
+        network.beat_for(1.0, worker)
+    assert not client.ends(1)
+    worker.task(1).done()
+    network.assert_clean()

@@ -1,0 +1,167 @@
+"""Workers, models and slots: what the controller knows of them, without a broker."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from zmqserve import messages as m
+from zmqserve.dispatch import ShortestQueue
+from zmqserve.registry import MOST_LIGHT, Need, Registry, Worker
+from zmqserve.waiting import WaitingRoom
+
+from .fakes.network import card
+
+GENERATE, COUNT = Need("generate"), Need("count_tokens")
+RANDOM = Random(1)
+
+
+def registry() -> Registry:
+    return Registry(ShortestQueue, lambda: WaitingRoom(10, 1000))
+
+
+def worker(name: str, *cards: m.ModelCard, slots: int = 2, state: str = "ready", **fields: Any) -> Worker:
+    ready = m.Ready(m.PROTOCOL, name, "fake", state, list(cards) or [card()], slots, 1.0, 3000, **fields)
+    return Worker(name.encode(), ready, 1, 0.0)
+
+
+def test_a_need_is_met_by_verb_and_fingerprint() -> None:
+    offered = card(fingerprint="f1", verbs=["generate"])
+    assert GENERATE.met_by(offered)
+    assert Need("generate", "f1").met_by(offered)
+    assert not Need("generate", "f2").met_by(offered)
+    assert not Need("embed").met_by(offered)
+
+
+def test_a_slot_is_taken_and_given_back() -> None:
+    known, one = registry(), worker("one")
+    known.add(one)
+    pool = known.pools["m"]
+    for free in (1, 0):
+        known.take(one)
+        assert one.free == free
+    assert pool.pick(GENERATE, RANDOM) is None
+    known.give_back(one)
+    assert pool.pick(GENERATE, RANDOM) is one
+    assert repr(one) == "Worker('one', ready, load=1, slots=2)"
+
+
+def test_loading_draining_and_stalled_workers_get_nothing() -> None:
+    known, one = registry(), worker("one")
+    known.add(one)
+    pool = known.pools["m"]
+    states = [one.state]
+    one.stalled_s = 1.0
+    known.touch(one)
+    states.append(one.state)
+    assert (one.free, pool.pick(GENERATE, RANDOM), pool.any_usable(COUNT, RANDOM)) == (0, None, None)
+    one.stalled_s, one.draining = None, True
+    known.touch(one)
+    states.append(one.state)
+    assert (one.free, pool.pick(GENERATE, RANDOM), pool.any_usable(COUNT, RANDOM)) == (0, None, None)
+    assert states == ["ready", "stalled", "draining"]
+    loading = worker("two", state="loading")
+    known.add(loading)
+    assert (loading.state, loading.free) == ("loading", 0)
+
+
+def test_a_pool_says_what_its_workers_can_do_now_or_later() -> None:
+    known = registry()
+    known.add(worker("one", card(verbs=["generate"], fingerprint="f1")))
+    pool = known.pools["m"]
+    assert pool.can(GENERATE)
+    assert not pool.can(COUNT)
+    assert pool.hopeless(COUNT)
+    known.add(worker("two", state="loading"))
+    assert not pool.can(COUNT)
+    assert not pool.hopeless(COUNT)
+
+
+def test_a_model_is_found_by_name_before_alias() -> None:
+    known = registry()
+    known.add(worker("one", card("a", aliases=["b", "c"])))
+    known.add(worker("two", card("b")))
+    found = [known.find(name) for name in ("a", "b", "c", "d", "")]
+    assert [pool.model if pool else None for pool in found] == ["a", "b", "a", None, None]
+    assert known.known_models() == ["a", "b"]
+
+
+def test_a_pool_outlives_its_last_worker_with_card_and_aliases_until_it_is_discarded() -> None:
+    known, one = registry(), worker("one", card("a", aliases=["c"], context_length=9))
+    known.add(one)
+    (pool,) = known.remove(one)
+    assert (pool.state, pool.card.context_length, known.find("c")) == ("no worker", 9, pool)
+    known.discard(pool)
+    assert (known.find("a"), known.find("c"), repr(known)) == (None, None, "Registry(0 workers, 0 models)")
+
+
+def test_a_pools_card_is_that_of_a_ready_worker_first() -> None:
+    known = registry()
+    known.add(worker("one", card(context_length=1), state="loading"))
+    assert (known.pools["m"].state, known.pools["m"].card.context_length) == ("loading", 1)
+    known.add(worker("two", card(context_length=2)))
+    assert (known.pools["m"].state, known.pools["m"].card.context_length) == ("ready", 2)
+
+
+def test_avoided_workers_are_chosen_only_when_there_is_no_other() -> None:
+    known, one, two = registry(), worker("one"), worker("two")
+    known.add(one)
+    known.add(two)
+    pool = known.pools["m"]
+    assert {pool.pick(GENERATE, RANDOM, avoid=frozenset({"one"})) for _ in range(20)} == {two}
+    assert pool.pick(GENERATE, RANDOM, avoid=frozenset({"one", "two"})) in (one, two)
+
+
+def test_affinity_keeps_a_key_on_one_worker_also_of_those_that_came_later() -> None:
+    known = registry()
+    workers = [worker(f"w{number}", slots=100) for number in range(4)]
+    for member in workers[:2]:
+        known.add(member)
+    pool = known.pools["m"]
+    assert len({pool.pick(GENERATE, RANDOM, "key") for _ in range(50)}) == 1
+    for member in workers[2:]:
+        known.add(member)
+    homes = [pool.pick(GENERATE, RANDOM, f"key{number}") for number in range(60)]
+    assert set(homes) == set(workers)
+    known.remove(workers[0])
+    for number, home in enumerate(homes):
+        if home is not workers[0]:
+            assert pool.pick(GENERATE, RANDOM, f"key{number}") is home
+
+
+def test_differing_verbs_narrow_the_choice() -> None:
+    known, one, two = registry(), worker("one", card(verbs=["embed"])), worker("two", card(verbs=["generate"]))
+    known.add(one)
+    known.add(two)
+    pool = known.pools["m"]
+    assert {pool.pick(GENERATE, RANDOM) for _ in range(20)} == {two}
+    assert {pool.pick(GENERATE, RANDOM, "key") for _ in range(20)} == {two}
+    assert {pool.pick(Need("embed"), RANDOM) for _ in range(20)} == {one}
+
+
+def test_a_heartbeat_tells_others_load() -> None:
+    one = worker("one", slots=8)
+    one.running = 2
+    assert one.report(m.Load(running=5, waiting=1, yours=2, step_age_ms=3.5))
+    assert (one.others, one.load, one.free, one.step_age_ms) == (4, 6, 2, 3.5)
+    assert not one.report(m.Load(running=5, waiting=1, yours=2))
+    assert one.report(m.Load(running=1, waiting=0, yours=9))
+    assert (one.others, one.free) == (0, 6)
+
+
+def test_a_worker_has_room_for_light_requests_when_its_slots_are_full() -> None:
+    one = worker("one", slots=1)
+    one.running = 1
+    one.flights = {(1, rid): None for rid in range(MOST_LIGHT)}  # type: ignore[misc]
+    assert (one.has_room(GENERATE), one.has_room(COUNT)) == (False, True)
+    one.flights[1, 1000] = None  # type: ignore[assignment]
+    assert not one.has_room(COUNT)
+
+
+def test_a_worker_without_models_is_known_and_serves_nothing() -> None:
+    known = registry()
+    ready = m.Ready(m.PROTOCOL, "idle", "fake", "ready", [], 1, 1.0, 3000)
+    idle = Worker(b"idle", ready, 1, 0.0)
+    known.add(idle)
+    known.touch(idle)
+    assert ([one.name for one in known], known.remove(idle)) == (["idle"], [])

@@ -1,0 +1,1 @@
+"""Language models over ZeroMQ: a controller, workers and clients."""

@@ -1,0 +1,84 @@
+"""A controller's settings, with their defaults and reasons. Every field may stand in the TOML file given by `--config`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .dispatch import POLICIES
+from .errors import InvalidParameter
+
+CLIENT_ENDPOINT = "tcp://127.0.0.1:5570"
+WORKER_ENDPOINT = "tcp://127.0.0.1:5571"
+
+Seconds = Annotated[float, Meta(gt=0, le=1e7)]
+Size = Annotated[int, Meta(ge=1, le=2**50)]
+
+
+class ControllerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Settings of a controller.
+
+    clients, workers: endpoints to bind (tcp, ipc, inproc), any number of each.
+    dispatch: ``shortest_queue`` or ``lottery``.
+    ttl_s: workers give this controller up after so much silence; it sends a heartbeat every third of it.
+    queue_requests, queue_bytes: what may wait for one model while all its workers are full; beyond it, Overloaded.
+    outbox_bytes: what may wait for a peer that does not read; beyond it a client's requests end as SlowConsumer.
+    message_bytes: a larger message drops its sender's connection.
+    default_deadline_s: for requests without a deadline of clients that never Ping; nothing else would bound those.
+    max_attempts: a request that has lost so many workers is not sent to another: it may be what kills them.
+    cancel_timeout_s: a worker that has not ended a cancelled request by then gets no new work.
+    stall_s: nor does one whose engine has not stepped for so long; after as long again it is given up.
+    orphan_grace_s: how long requests wait for a model whose last worker has gone (a restart) before they end as NoWorker.
+    drain_grace_s: what a drained worker gets to finish when `drain` names no time.
+    seed: makes the draws of dispatch repeatable, for tests.
+    """
+
+    clients: list[str] = msgspec.field(default_factory=lambda: [CLIENT_ENDPOINT])
+    workers: list[str] = msgspec.field(default_factory=lambda: [WORKER_ENDPOINT])
+    dispatch: str = "shortest_queue"
+    ttl_s: Seconds = 3.0
+    queue_requests: Size = 1000
+    queue_bytes: Size = 256 * 2**20
+    outbox_bytes: Size = 16 * 2**20
+    message_bytes: Size = 64 * 2**20
+    pipe_messages: Annotated[int, Meta(ge=1, le=1_000_000)] = 512
+    default_deadline_s: Seconds = 600.0
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 2
+    cancel_timeout_s: Seconds = 5.0
+    stall_s: Seconds = 60.0
+    orphan_grace_s: Seconds = 10.0
+    drain_grace_s: Seconds = 30.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dispatch not in POLICIES:
+            known = ", ".join(sorted(POLICIES))
+            raise InvalidParameter(f"dispatch must be one of {known}; got {self.dispatch!r}", data={"parameter": "dispatch"})
+        for name in ("clients", "workers"):
+            if not getattr(self, name):
+                raise InvalidParameter(f"{name} needs at least one endpoint to bind", data={"parameter": name})
+
+
+def load_config(path: Path | None, **overrides: object) -> ControllerConfig:
+    """The file's settings (none without a path), with those of `overrides` that are not None put over them.
+
+    Raises InvalidParameter that names the file and the setting.
+    """
+    settings: dict[str, object] = {}
+    if path is not None:
+        try:
+            settings = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise InvalidParameter(f"cannot read {path}: {error.strerror}", data={"parameter": "config"}) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidParameter(f"{path} is not TOML: {error}", data={"parameter": "config"}) from None
+    settings |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return msgspec.convert(settings, ControllerConfig)
+    except msgspec.ValidationError as error:
+        where = f"{path}: " if path is not None else ""
+        raise InvalidParameter(f"{where}{error}", data={"parameter": "config"}) from None

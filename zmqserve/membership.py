@@ -1,0 +1,201 @@
+"""Workers coming and going: registration, heartbeats, stalls, draining, and giving a worker up. Pure, as broker.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import messages as m
+from .config import ControllerConfig
+from .errors import MalformedMessage, ProtocolMismatch, RequestError, ZmqserveError
+from .flights import GONE, SENT, Flights
+from .liveness import BEATS_PER_TTL, Agenda
+from .registry import Pool, Registry, Worker
+
+MAX_MODELS_PER_WORKER = 1000
+MAX_TOLD = 10_000
+"""Unknown workers remembered as told to register; each is told once per heartbeat, not once per message."""
+
+
+class Membership:
+    """Who is registered. `alive` and `free` are separate facts: a heartbeat never marks a worker ready."""
+
+    def __init__(
+        self,
+        config: ControllerConfig,
+        registry: Registry,
+        flights: Flights,
+        agenda: Agenda,
+        *,
+        controller_id: str,
+        version: str,
+        send_worker: Callable[[bytes, bytes, bytes], int],
+        report: Callable[..., None],
+        new_epoch: Callable[[], int],
+    ) -> None:
+        self.config, self.registry, self.flights, self.agenda = config, registry, flights, agenda
+        self.controller_id, self.version = controller_id, version
+        self.counters = flights.counters
+        self._send_worker, self._report, self._new_epoch = send_worker, report, new_epoch
+        self._beat_s = config.ttl_s / BEATS_PER_TTL
+        self._told: dict[bytes, tuple[float, int]] = {}
+        self._readies = m.decoder(m.Ready)
+        self._loads = m.decoder(m.Load)
+
+    def __repr__(self) -> str:
+        return f"Membership({self.registry!r})"
+
+    def register(self, now: float, identity: bytes, payload: bytes) -> None:
+        """A worker says READY: take it in, or tell it why not."""
+        try:
+            ready = m.read(self._readies, payload)
+            self._check_ready(now, identity, ready)
+        except ZmqserveError as error:
+            self.counters["refused workers"] += 1
+            self._report("worker refused", why=error.message)
+            refused = m.Refused(error.code, error.message, error.retry_after_ms)
+            self._send_worker(identity, m.encode(m.ControllerHead(m.REFUSED, 0)), m.encode(refused))
+            return
+        again = self.registry.workers.get(identity)
+        if again is not None:
+            self.lose(again, "it registered again", now, quiet=True)
+        worker = Worker(identity, ready, self._new_epoch(), now)
+        welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version)
+        if self._send_worker(identity, m.encode(m.ControllerHead(m.WELCOME, worker.epoch)), m.encode(welcome)) != SENT:
+            return
+        self._told.pop(identity, None)
+        self.registry.add(worker)
+        worker.timers = [
+            self.agenda.at(now + self._beat_s, lambda now: self._beat(worker, now)),
+            self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now)),
+        ]
+        for pool in worker.pools:
+            self._look_after(pool, now)
+        self._report(
+            "worker came", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
+        )
+        self.flights.feed(worker, now)
+
+    def _check_ready(self, now: float, identity: bytes, ready: m.Ready) -> None:
+        if ready.protocol != m.PROTOCOL:
+            raise ProtocolMismatch(f"this controller speaks protocol {m.PROTOCOL}, worker {ready.name} {ready.protocol}")
+        if ready.state not in ("loading", "ready"):
+            raise MalformedMessage(f"Ready.state must be loading or ready, got {ready.state!r}")
+        if len(ready.models) > MAX_MODELS_PER_WORKER:
+            raise RequestError(f"{len(ready.models)} models are over the limit of {MAX_MODELS_PER_WORKER} per worker")
+        if self.controller_id in ready.controllers:
+            raise RequestError(f"controller {self.controller_id} is below itself: a loop of --parent links")
+        other = self.registry.by_name.get(ready.name)
+        if other is not None and other.identity != identity:
+            # A restarted worker comes back under its name before the loss of its former self was noticed.
+            head = m.encode(m.ControllerHead(m.BEAT, other.epoch))
+            if self._send_worker(other.identity, head, b"") == GONE:
+                self.lose(other, "connection lost", now)
+            else:
+                raise RequestError(f"the name {ready.name} is taken by a worker that is connected: choose another", retry_after_ms=1000)
+
+    def load(self, now: float, worker: Worker, payload: bytes) -> None:
+        """A heartbeat."""
+        try:
+            load = m.read(self._loads, payload)
+        except MalformedMessage as error:
+            self.violation(now, worker.identity, error.message)
+            return
+        freed = worker.report(load)
+        hung = load.yours > 0 and load.step_age_ms > self.config.stall_s * 1000
+        if hung and worker.stalled_s is None:
+            worker.stalled_s = now
+            self.counters["stalled"] += 1
+            self._report("worker stalled", worker=worker.name, why=f"its engine has not stepped for {load.step_age_ms / 1000:.1f} s")
+            self.registry.touch(worker)
+        elif worker.stalled_s is not None and not hung and not any(flight.ending for flight in worker.flights.values()):
+            self.unstall(worker)
+            freed = True
+        if worker.stalled_s is not None and now - worker.stalled_s > self.config.stall_s:
+            self.fence(worker, "stalled for too long", now)
+        elif freed:
+            self.registry.touch(worker)
+            self.flights.feed(worker, now)
+
+    def unstall(self, worker: Worker) -> None:
+        """Its engine steps again."""
+        worker.stalled_s = None
+        self._report("worker recovered", worker=worker.name)
+        self.registry.touch(worker)
+
+    def start_draining(self, worker: Worker) -> None:
+        """No new work for this worker."""
+        if not worker.draining:
+            worker.draining = True
+            self._report("worker draining", worker=worker.name, running=worker.running)
+            self.registry.touch(worker)
+
+    def _beat(self, worker: Worker, now: float) -> None:
+        worker.timers[0] = self.agenda.at(now + self._beat_s, lambda now: self._beat(worker, now))
+        if self._send_worker(worker.identity, m.encode(m.ControllerHead(m.BEAT, worker.epoch)), b"") != SENT:
+            self.lose(worker, "connection lost", now)
+
+    def _check_lease(self, worker: Worker, now: float) -> None:
+        if worker.lease.expired(now):
+            self.lose(worker, f"silent for {worker.lease.ttl_s} s", now)
+        else:
+            worker.timers[1] = self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now))
+
+    def tell_to_register(self, now: float, identity: bytes) -> None:
+        """Answer a frame of a worker that is not registered. Its READY will repeat the number sent here as its epoch."""
+        told = self._told.get(identity)
+        if told is not None and now < told[0]:
+            return
+        if len(self._told) >= MAX_TOLD:
+            self._told = {known: entry for known, entry in self._told.items() if entry[0] > now}
+            if len(self._told) >= MAX_TOLD:
+                return
+        number = self._new_epoch()
+        self._told[identity] = (now + self._beat_s / 2, number)
+        self._send_worker(identity, m.encode(m.ControllerHead(m.REREGISTER, number)), b"")
+
+    def was_told(self, identity: bytes, number: int) -> bool:
+        """Whether this number was sent to this peer and nobody else."""
+        told = self._told.get(identity)
+        return told is not None and told[1] == number
+
+    # --- giving a worker up
+
+    def violation(self, now: float, identity: bytes, what: str) -> None:
+        """A worker broke the protocol: what it sent is dropped; one that is registered must register again."""
+        self.counters["worker violations"] += 1
+        worker = self.registry.workers.get(identity)
+        if worker is not None:
+            self.fence(worker, what, now)
+
+    def fence(self, worker: Worker, why: str, now: float) -> None:
+        """Give up a worker that lives: its epoch is void from here on, and it must register again."""
+        self.lose(worker, why, now)
+        self.tell_to_register(now, worker.identity)
+
+    def lose(self, worker: Worker, why: str, now: float, quiet: bool = False) -> None:
+        """Forget a worker and move or end its flights. Harmless when it is forgotten already."""
+        if self.registry.workers.get(worker.identity) is not worker:
+            return
+        pools = self.registry.remove(worker)
+        if not quiet:
+            self.counters["workers lost"] += 1
+            self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
+        self.flights.give_up_worker(worker, why, now)
+        for pool in pools:
+            self._look_after(pool, now)
+
+    def _look_after(self, pool: Pool, now: float) -> None:
+        """While nobody can answer what waits in a pool, that waits for a grace time only, and so does a pool without workers."""
+
+        def nobody_came(now: float) -> None:
+            pool.orphan_timer = None
+            self.flights.fail_waiting(pool, now)
+            if not pool.workers:
+                self.registry.discard(pool)
+
+        if not pool.workers or any(pool.hopeless(need) for need in pool.waiting.needs()):
+            if pool.orphan_timer is None:
+                pool.orphan_timer = self.agenda.at(now + self.config.orphan_grace_s, nobody_came)
+        elif pool.orphan_timer is not None:
+            pool.orphan_timer.cancel()
+            pool.orphan_timer = None

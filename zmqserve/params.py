@@ -1,0 +1,169 @@
+"""What a request may ask of a backend. Both travel as maps, so that a parameter which the reader does not know
+is an error that names it, and never ignored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from .errors import InvalidParameter
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1024
+
+
+class _Range(NamedTuple):
+    """What a number may be; an exclusive bound is written as the next float."""
+
+    kind: type
+    low: float
+    high: float
+    text: str
+
+
+_ABOVE_ZERO = math.ulp(0.0)
+_MAX_INT = 2**31 - 1
+_RANGES: Mapping[str, _Range] = {
+    "max_tokens": _Range(int, 1, _MAX_INT, "an integer >= 1"),
+    "min_tokens": _Range(int, 0, _MAX_INT, "an integer >= 0"),
+    "temperature": _Range(float, 0, 100, "a number from 0 to 100"),
+    "top_p": _Range(float, _ABOVE_ZERO, 1, "a number above 0 and at most 1"),
+    "top_k": _Range(int, 0, _MAX_INT, "an integer >= 0 (0: no limit)"),
+    "min_p": _Range(float, 0, 1, "a number from 0 to 1"),
+    "presence_penalty": _Range(float, -2, 2, "a number from -2 to 2"),
+    "frequency_penalty": _Range(float, -2, 2, "a number from -2 to 2"),
+    "repetition_penalty": _Range(float, _ABOVE_ZERO, 100, "a number above 0 and at most 100"),
+    "seed": _Range(int, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1"),
+    "n": _Range(int, 1, 128, "an integer from 1 to 128"),
+    "logprobs": _Range(int, 0, 100, "an integer from 0 to 100"),
+    "dimensions": _Range(int, 1, 1_000_000, "an integer >= 1"),
+    "truncate_tokens": _Range(int, 1, _MAX_INT, "an integer >= 1"),
+}
+_FLAGS = frozenset({"echo", "ignore_eos", "skip_special_tokens", "normalize"})
+
+
+class Guided(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """Guided decoding: exactly one of a JSON schema (as JSON text), a regular expression, a list of choices, a grammar (EBNF)."""
+
+    json: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise _invalid("guided", given, "exactly one of json, regex, choice and grammar")
+        value = getattr(self, given[0])
+        texts = value if given[0] == "choice" else [value]
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise _invalid(f"guided.{given[0]}", value, "a list of texts, none empty" if given[0] == "choice" else "a text, not empty")
+
+
+class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """How to choose the next token and when to stop. Values are checked here, on the client and again on the worker.
+
+    `max_tokens`: at most so many; None: what the context leaves. `temperature`: 0 is greedy. `stop`: texts that end the answer
+    and are not part of it. `stop_token_ids`: ids that do. `top_k` 0 and `top_p` 1: no limit. `logprobs`: how many of the
+    likeliest tokens to report at each position (0: the chosen one only; None: nothing). `n`: answers to one prompt.
+    `echo`: begin with the prompt. Raises InvalidParameter, which names the parameter, the value and the range.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    echo: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    guided: Guided | None = None
+
+    def __post_init__(self) -> None:
+        _check_scalars(self)
+        stop = self.stop
+        if not isinstance(stop, list) or len(stop) > MAX_STOP_STRINGS or not all(_is_stop(text) for text in stop):
+            raise _invalid("stop", stop, f"a list of at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+        ids = self.stop_token_ids
+        if not isinstance(ids, list) or len(ids) > 1024 or not all(type(i) is int and 0 <= i < 2**32 for i in ids):
+            raise _invalid("stop_token_ids", ids, "a list of at most 1024 token ids (0 to 2**32 - 1)")
+        if self.guided is not None and not isinstance(self.guided, Guided):
+            raise _invalid("guided", self.guided, "a Guided")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+
+    def changed(self) -> list[str]:
+        """Names of the parameters that are not at their default: what a backend must honour or refuse."""
+        return [name for name in self.__struct_fields__ if getattr(self, name) != getattr(_DEFAULTS, name)]
+
+
+class EmbedParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
+    """`dimensions`: cut vectors to so many (None: all). `normalize`: to length 1 (None: as the model says).
+    `truncate_tokens`: cut each text to so many tokens; None: a text over the context is an error."""
+
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_scalars(self)
+
+
+P = TypeVar("P", SamplingParams, EmbedParams)
+
+
+def build(kind: type[P], base: P | None, changes: Mapping[str, Any]) -> P:
+    """`base` (or the defaults) with `changes`. A name that is no parameter is an InvalidParameter that lists those there are."""
+    for name in changes:
+        if name not in kind.__struct_fields__:
+            raise InvalidParameter(
+                f"{name!r} is not a parameter; known: {', '.join(kind.__struct_fields__)}",
+                data={"parameter": name, "known": list(kind.__struct_fields__)},
+            )
+    if "stop" in changes and isinstance(changes["stop"], str):
+        changes = {**changes, "stop": [changes["stop"]]}
+    if base is None:
+        return kind(**changes)
+    return msgspec.structs.replace(base, **changes) if changes else base
+
+
+def _check_scalars(params: SamplingParams | EmbedParams) -> None:
+    fields = params.__struct_fields__
+    for name, default in zip(fields, params.__struct_defaults__, strict=True):
+        value = getattr(params, name)
+        if value is default:
+            continue
+        allowed = _RANGES.get(name)
+        if allowed is not None:
+            numeric = type(value) is int or (allowed.kind is float and type(value) is float)
+            if not (numeric and allowed.low <= value <= allowed.high):
+                raise _invalid(name, value, allowed.text)
+        elif name in _FLAGS and type(value) is not bool:
+            raise _invalid(name, value, "true or false")
+
+
+def _is_stop(text: object) -> bool:
+    return isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARACTERS
+
+
+def _invalid(name: str, value: object, expected: str) -> InvalidParameter:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:97] + "..."
+    return InvalidParameter(f"{name} must be {expected}, got {shown}", data={"parameter": name, "value": shown})
+
+
+_DEFAULTS = SamplingParams()

@@ -1,0 +1,265 @@
+"""The workers that a controller knows, the models that they serve, and who has room. Pure: no sockets, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+from .dispatch import Affinity, Allowed, Policy
+from .liveness import Lease, Timer
+from .messages import Load, ModelCard, Ready
+from .waiting import WaitingRoom
+
+if TYPE_CHECKING:
+    from .flight import Flight
+
+
+SLOTTED = frozenset({"generate", "embed"})
+"""Verbs that take a slot; the others are quick and never wait behind a generation."""
+MOST_LIGHT = 64
+"""Requests without a slot that a worker gets at once: a flood of them must not fill its pipe, or it would count as dead."""
+
+
+class Need(NamedTuple):
+    """What a request asks of a worker: a verb and, when it resumes, a fingerprint."""
+
+    verb: str
+    fingerprint: str | None = None
+
+    @property
+    def slotted(self) -> bool:
+        """Whether it takes a slot."""
+        return self.verb in SLOTTED
+
+    def met_by(self, card: ModelCard) -> bool:
+        """Whether the model, as offered by one worker, can do it."""
+        able = self.verb in card.verbs or (self.verb == "generate" and "chat" in card.verbs)
+        return able and self.fingerprint in (None, card.fingerprint)
+
+
+class Worker:
+    """A registered worker. `running` is this controller's own exact count of slots in use, `others` what it reports of others'."""
+
+    def __init__(self, identity: bytes, ready: Ready, epoch: int, now: float) -> None:
+        self.identity = identity
+        self.epoch = epoch
+        self.name = ready.name
+        self.backend = ready.backend
+        self.version = ready.version
+        self.speed = ready.speed
+        self.slots = ready.slots
+        self.loading = ready.state == "loading"
+        self.draining = False
+        self.stalled_s: float | None = None
+        self.cards = {card.name: card for card in ready.models}
+        self.pools: list[Pool] = []
+        self.lease = Lease(ready.ttl_ms / 1000, now)
+        self.timers: list[Timer] = []
+        self.flights: dict[tuple[int, int], Flight] = {}
+        self.running = 0
+        self.others = 0
+        self.waiting = 0
+        self.step_age_ms = 0.0
+        self.registered_s = now
+        self.finished = 0
+
+    def __repr__(self) -> str:
+        return f"Worker({self.name!r}, {self.state}, load={self.load}, slots={self.slots})"
+
+    @property
+    def state(self) -> str:
+        """loading, ready, stalled or draining."""
+        if self.loading:
+            return "loading"
+        if self.draining:
+            return "draining"
+        return "stalled" if self.stalled_s is not None else "ready"
+
+    @property
+    def load(self) -> int:
+        """Slots in use, by this controller and by others."""
+        return self.running + self.others
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may get new work at all."""
+        return not self.loading and not self.draining and self.stalled_s is None
+
+    @property
+    def free(self) -> int:
+        """Slots that dispatch may use now."""
+        return max(0, self.slots - self.running - self.others) if self.usable else 0
+
+    def has_room(self, need: Need) -> bool:
+        """Whether it may get one more request of that kind now."""
+        return self.free > 0 if need.slotted else self.usable and len(self.flights) - self.running < MOST_LIGHT
+
+    def report(self, load: Load) -> bool:
+        """Take its heartbeat's figures; returns whether its free slots are others than before."""
+        before = self.others
+        self.others = max(0, load.running - load.yours) + load.waiting
+        self.waiting = load.waiting
+        self.step_age_ms = load.step_age_ms
+        return self.others != before
+
+
+class Pool:
+    """One model: the workers that serve it, their policy and the requests that wait for it.
+
+    It outlives its last worker for a while, so that requests survive a restart of it.
+    """
+
+    def __init__(self, model: str, policy: Policy[Worker], waiting: WaitingRoom) -> None:
+        self.model = model
+        self.policy = policy
+        self.waiting = waiting
+        self.workers: dict[bytes, Worker] = {}
+        self.card = ModelCard(model)
+        """As its first ready worker offers it (or a loading one, or the last that there was)."""
+        self.aliases: frozenset[str] = frozenset()
+        self.running = 0
+        self.orphan_timer: Timer | None = None
+        self._affinity: Affinity[Worker] | None = None
+        self._uniform = True
+
+    def __repr__(self) -> str:
+        return f"Pool({self.model!r}, {len(self.workers)} workers, {len(self.waiting)} waiting)"
+
+    @property
+    def state(self) -> str:
+        """ready, loading, or ``no worker``."""
+        if not self.workers:
+            return "no worker"
+        return "loading" if all(worker.loading for worker in self.workers.values()) else "ready"
+
+    def add(self, worker: Worker) -> None:
+        """A worker of this model has come."""
+        self.workers[worker.identity] = worker
+        self.policy.add(worker)
+        if self._affinity is not None:
+            self._affinity.add(worker)
+        self._members_changed()
+
+    def remove(self, worker: Worker) -> None:
+        """A worker of this model has gone."""
+        del self.workers[worker.identity]
+        self.policy.remove(worker)
+        if self._affinity is not None:
+            self._affinity.remove(worker)
+        self._members_changed()
+
+    def can(self, need: Need) -> bool:
+        """Whether any worker that has loaded the model meets the need, free or not."""
+        return any(not worker.loading and need.met_by(worker.cards[self.model]) for worker in self.workers.values())
+
+    def hopeless(self, need: Need) -> bool:
+        """Whether no worker there is, loading ones included, will ever meet the need."""
+        return not any(worker.loading or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
+
+    def serves(self, worker: Worker, need: Need) -> bool:
+        """Whether this worker meets the need."""
+        return need.met_by(worker.cards[self.model])
+
+    def pick(self, need: Need, random: Random, affinity: str | None = None, avoid: frozenset[str] = frozenset()) -> Worker | None:
+        """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
+        allowed: Allowed[Worker] = None
+        if not self._uniform or need.fingerprint is not None:
+            allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
+        if avoid:
+            worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
+            if worker is not None:
+                return worker
+        worker = self.policy.pick(random, allowed)
+        if worker is None or affinity is None:
+            return worker
+        if self._affinity is None:
+            self._affinity = Affinity()
+            for member in self.workers.values():
+                self._affinity.add(member)
+        return self._affinity.pick(affinity, worker, allowed)
+
+    def any_usable(self, need: Need, random: Random) -> Worker | None:
+        """A worker that may get a request which takes no slot, whether its slots are full or not."""
+        fitting = [worker for worker in self.workers.values() if worker.has_room(need) and self.serves(worker, need)]
+        return random.choice(fitting) if fitting else None
+
+    def _members_changed(self) -> None:
+        cards = {(tuple(worker.cards[self.model].verbs)) for worker in self.workers.values() if not worker.loading}
+        self._uniform = len(cards) <= 1
+        if self.workers:
+            self.card = min(self.workers.values(), key=lambda worker: worker.loading).cards[self.model]
+            self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)
+
+
+class Registry:
+    """All workers and pools. A worker's load changes through `take`, `give_back` and `touch`, which tell the policies."""
+
+    def __init__(self, new_policy: Callable[[], Policy[Worker]], new_waiting: Callable[[], WaitingRoom]) -> None:
+        self.workers: dict[bytes, Worker] = {}
+        self.by_name: dict[str, Worker] = {}
+        self.pools: dict[str, Pool] = {}
+        self._aliases: dict[str, str] = {}
+        self._new_policy = new_policy
+        self._new_waiting = new_waiting
+
+    def __repr__(self) -> str:
+        return f"Registry({len(self.workers)} workers, {len(self.pools)} models)"
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self.workers.values())
+
+    def add(self, worker: Worker) -> None:
+        """Register a worker whose identity and name are free."""
+        self.workers[worker.identity] = worker
+        self.by_name[worker.name] = worker
+        for model in worker.cards:
+            pool = self.pools.get(model)
+            if pool is None:
+                pool = self.pools[model] = Pool(model, self._new_policy(), self._new_waiting())
+            worker.pools.append(pool)
+            pool.add(worker)
+        self._name_aliases()
+
+    def remove(self, worker: Worker) -> list[Pool]:
+        """Forget a worker; returns the pools that it was in. Those without workers stay until `discard`."""
+        del self.workers[worker.identity]
+        del self.by_name[worker.name]
+        pools, worker.pools = worker.pools, []
+        for pool in pools:
+            pool.remove(worker)
+        for timer in worker.timers:
+            timer.cancel()
+        self._name_aliases()
+        return pools
+
+    def discard(self, pool: Pool) -> None:
+        """Forget a model that has neither workers nor waiting requests."""
+        del self.pools[pool.model]
+        self._name_aliases()
+
+    def find(self, model: str) -> Pool | None:
+        """The pool of a model, by its name or an alias."""
+        return self.pools.get(model) or self.pools.get(self._aliases.get(model, ""))
+
+    def known_models(self) -> list[str]:
+        """Every model's name, sorted."""
+        return sorted(self.pools)
+
+    def take(self, worker: Worker) -> None:
+        """One more of its slots is in use."""
+        worker.running += 1
+        self.touch(worker)
+
+    def give_back(self, worker: Worker) -> None:
+        """One of its slots is free again."""
+        worker.running -= 1
+        self.touch(worker)
+
+    def touch(self, worker: Worker) -> None:
+        """Its load or state has changed: tell the policies."""
+        for pool in worker.pools:
+            pool.policy.changed(worker)
+
+    def _name_aliases(self) -> None:
+        self._aliases = {alias: pool.model for pool in self.pools.values() for alias in pool.aliases}
