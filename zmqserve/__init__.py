@@ -1,1 +1,87 @@
-"""Language models over ZeroMQ: a controller, workers and clients."""
+"""Language models over ZeroMQ: a controller, workers and clients. Start with `Client`; README.md shows the rest."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version_of
+from typing import Any
+
+from . import errors
+from .client import Client
+from .config import ControllerConfig
+from .controller import Controller
+from .errors import (
+    BackendError,
+    BindFailed,
+    ConnectionFailed,
+    ContextOverflow,
+    ControllerLost,
+    ControllerUnreachable,
+    DeadlineExceeded,
+    GoingAway,
+    InvalidParameter,
+    ModelLoading,
+    NoWorker,
+    Overloaded,
+    ProtocolMismatch,
+    RequestError,
+    SlowConsumer,
+    StreamGap,
+    UnknownModel,
+    Unsupported,
+    WorkerLost,
+    ZmqserveError,
+)
+from .jobs import Delta, GenerateJob, Vectors
+from .messages import ChatMessage, ModelCard
+from .params import EmbedParams, Guided, SamplingParams
+from .results import Completion, CompletionChoice, ServedModel, StreamChunk
+from .stream import Stream
+from .worker import BaseModelWorker, WorkerConfig
+
+__all__ = [
+    "BackendError",
+    "BaseModelWorker",
+    "BindFailed",
+    "ChatMessage",
+    "Client",
+    "Completion",
+    "CompletionChoice",
+    "ConnectionFailed",
+    "ContextOverflow",
+    "Controller",
+    "ControllerConfig",
+    "ControllerLost",
+    "ControllerUnreachable",
+    "DeadlineExceeded",
+    "Delta",
+    "EmbedParams",
+    "GenerateJob",
+    "GoingAway",
+    "Guided",
+    "InvalidParameter",
+    "ModelCard",
+    "ModelLoading",
+    "NoWorker",
+    "Overloaded",
+    "ProtocolMismatch",
+    "RequestError",
+    "SamplingParams",
+    "ServedModel",
+    "SlowConsumer",
+    "Stream",
+    "StreamChunk",
+    "StreamGap",
+    "UnknownModel",
+    "Unsupported",
+    "Vectors",
+    "WorkerConfig",
+    "WorkerLost",
+    "ZmqserveError",
+    "errors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version_of("zmqserve")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Backends: each file holds one worker, found by name through the entry points of `zmqserve.backends`."""

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench NAME`. Each says what it measures, prints a table, and ends with one line of JSON."""

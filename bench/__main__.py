@@ -1,0 +1,22 @@
+"""`python -m bench NAME [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import transport
+
+
+def main() -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    names = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
+    transport.add_arguments(names)
+    args = parser.parse_args()
+    result: int = args.run(args)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

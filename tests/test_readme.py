@@ -1,0 +1,80 @@
+"""README's code runs as it stands there; only the endpoints are those of the test's network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from .processes import PATIENCE_S, network
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+RAW = next(block for block in BLOCKS if "zmq.REQ" in block)
+
+
+def run(block: str, endpoint: str) -> str:
+    """Run a block in a Python of its own; returns what it printed."""
+    code = block.replace("tcp://127.0.0.1:5570", endpoint)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_client_block() -> None:
+    block = next(block for block in BLOCKS if "client.chat" in block)
+    with network("w") as (controller, _):
+        lines = run(block, controller.clients).splitlines()
+    assert lines == ["a b c a ba b c a b length 5 w", "hello there", "(2, 384) 3 ['m']"]
+
+
+def test_the_worker_block() -> None:
+    block = next(block for block in BLOCKS if "class Shout" in block)
+    assert run(block, "not used").splitlines()[-1] == "MAKE IT LOUD "
+
+
+def test_the_raw_block() -> None:
+    with network("w") as (controller, _):
+        assert run(RAW, controller.clients) == "a b c a b\n"
+        assert run(RAW.replace('"m"', '"nope"'), controller.clients) == "error 40301: no worker serves model 'nope'; known: m\n"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_raw_block_through_proxies(devices: int) -> None:
+    with network("w") as (controller, _), proxies(controller.clients, devices) as endpoint:
+        assert run(RAW, endpoint) == "a b c a b\n"
+
+
+@contextmanager
+def proxies(endpoint: str, count: int) -> Iterator[str]:
+    """So many C proxies in a row, each a ROUTER for clients and a DEALER towards the next."""
+    context = zmq.Context()
+    threads, controls, sockets = [], [], []
+    try:
+        for number in range(count):
+            front, back, control, steer = (context.socket(kind) for kind in (zmq.ROUTER, zmq.DEALER, zmq.PAIR, zmq.PAIR))
+            sockets += [front, back, control, steer]
+            back.connect(endpoint)
+            port = front.bind_to_random_port("tcp://127.0.0.1")
+            control.bind(f"inproc://control{number}")
+            steer.connect(f"inproc://control{number}")
+            thread = threading.Thread(target=zmq.proxy_steerable, args=(front, back, None, steer))
+            thread.start()
+            threads.append(thread)
+            controls.append(control)
+            endpoint = f"tcp://127.0.0.1:{port}"
+        yield endpoint
+    finally:
+        for control, thread in zip(controls, threads, strict=True):
+            control.send(b"TERMINATE")
+            thread.join()
+        for socket in sockets:
+            socket.close(0)
+        context.term()

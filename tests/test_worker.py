@@ -1,0 +1,319 @@
+"""A worker comes, is lost and found, and goes: over real sockets, against a controller that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from zmqserve import messages as m
+from zmqserve.errors import (
+    InvalidParameter,
+    ModelLoading,
+    Refused,
+)
+from zmqserve.jobs import Delta, GenerateJob
+from zmqserve.worker import WorkerConfig
+
+from .fakes.controller import FakeController, chunks_of, text_of
+from .fakes.workers import WAIT_S, ScriptWorker, config, endless, generate, serving
+
+
+@pytest.fixture
+def controller() -> Iterator[FakeController]:
+    with FakeController() as fake:
+        yield fake
+
+
+def test_beats_while_it_loads_and_is_ready_after(controller: FakeController) -> None:
+    gate = threading.Event()
+    worker = ScriptWorker(config(controller, slots=3, speed=2.0, ttl_s=0.15, served_name="served"), endless, load=gate.wait)
+    worker.start()
+    try:
+        got = controller.expect(m.READY)
+        loading = got.message
+        assert (loading.state, loading.slots, [card.name for card in loading.models]) == ("loading", 0, ["served"])
+        assert (loading.name, loading.backend, loading.speed, loading.ttl_ms) == (worker.name, "script", 2.0, 150)
+        controller.welcome(got)
+        for _ in range(3):
+            controller.expect(m.LOAD)
+        controller.request(generate(1))
+        assert controller.expect(m.BUSY).head == m.WorkerHead(m.BUSY, controller.epoch, 1, 1)
+        controller.request(m.CountTokens(2, "served", prompt="a"))
+        assert controller.expect(m.FAILED).message.code == ModelLoading.code
+        gate.set()
+        ready = controller.register()
+        assert (ready.state, ready.slots) == ("ready", 3)
+        assert ready.models == [m.ModelCard("served", context_length=100, verbs=["generate", "model_details"])]
+        worker.wait_ready(WAIT_S)
+    finally:
+        gate.set()
+        worker.stop()
+    assert worker.closed.is_set()
+
+
+def test_a_load_that_fails_ends_the_worker_with_its_error(controller: FakeController) -> None:
+    gate = threading.Event()
+
+    def fail() -> None:
+        gate.wait(WAIT_S)
+        raise OSError("no such model")
+
+    worker = ScriptWorker(config(controller), load=fail)
+    worker.start()
+    controller.welcome(controller.expect(m.READY))
+    controller.expect(m.LOAD)
+    gate.set()
+    controller.expect(m.BYE)
+    with pytest.raises(OSError, match="no such model"):
+        worker.wait_ready(WAIT_S)
+    worker.stop()
+    assert isinstance(worker.failure, OSError)
+    assert not worker.closed.is_set()
+
+
+def test_stopped_during_the_load_it_closes_what_was_loaded_later(controller: FakeController) -> None:
+    gate = threading.Event()
+    worker = ScriptWorker(config(controller), load=gate.wait)
+    worker.start()
+    worker.stop()
+    assert not worker.closed.is_set()
+    with pytest.raises(RuntimeError, match="stopped before 'm' was loaded"):
+        worker.wait_ready(0)
+    gate.set()
+    assert worker.closed.wait(WAIT_S)
+
+
+def test_refused_for_good_by_all_its_controllers_it_raises(controller: FakeController) -> None:
+    with FakeController() as other:
+        worker = ScriptWorker(config(controller, other), endless)
+        worker.start()
+        refusal = m.encode(m.Refused(40103, "a loop"))
+        got = controller.expect(m.READY)
+        controller.send(m.ControllerHead(m.REFUSED, 0), refusal, to=got.identity)
+        other.register()
+        other.request(generate(1))
+        other.expect(m.FIRST)
+        other.send(m.ControllerHead(m.REFUSED, 0), refusal)
+        with pytest.raises(Refused, match=r"refused worker script-.*: a loop"):
+            worker.wait_ended(WAIT_S)
+
+
+def test_refused_for_now_it_tries_again(controller: FakeController) -> None:
+    worker = ScriptWorker(config(controller), endless)
+    worker.start()
+    try:
+        got = controller.expect(m.READY)
+        controller.send(m.ControllerHead(m.REFUSED, 0), m.encode(m.Refused(40000, "name taken", 1)), to=got.identity)
+        assert controller.register().state == "ready"
+    finally:
+        worker.stop()
+
+
+def test_the_heartbeat_tells_that_the_engine_hangs(controller: FakeController) -> None:
+    gate = threading.Event()
+
+    async def hang(job: GenerateJob) -> AsyncIterator[Delta]:
+        yield Delta("first")
+        gate.wait(WAIT_S)
+
+    with serving(ScriptWorker(config(controller, ttl_s=0.06), hang), controller):
+        controller.expect(m.LOAD, where=lambda got: got.message.step_age_ms == 0 and got.message.running == 0)
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        ages = [controller.expect(m.LOAD).message.step_age_ms for _ in range(6)]
+        gate.set()
+        assert ages == sorted(ages)
+        assert ages[-1] > 50
+        controller.expect(m.DONE)
+        controller.expect(m.LOAD, where=lambda got: got.message.step_age_ms == 0)
+
+
+def test_a_controller_that_comes_back_has_its_worker_back(controller: FakeController) -> None:
+    ended = threading.Event()
+
+    async def until_aborted(job: GenerateJob) -> AsyncIterator[Delta]:
+        try:
+            yield Delta("first")
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with serving(ScriptWorker(config(controller), until_aborted), controller):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        former = controller.epoch
+        controller.unbind()
+        controller.epoch = 0
+        controller.bind(controller.endpoint)
+        got = controller.receive()
+        assert (got.head.kind, got.head.epoch) == (m.LOAD, former)
+        assert not ended.is_set()
+        controller.send(m.ControllerHead(m.REREGISTER, 5), to=got.identity)
+        again = controller.expect(m.READY)
+        assert again.head.epoch == 5
+        controller.welcome(again)
+        assert ended.wait(WAIT_S), "what ran for its former life is aborted"
+        controller.request(generate(2))
+        assert controller.expect(m.FIRST).head.epoch == controller.epoch != former
+
+
+def test_nothing_of_an_old_epoch_is_sent_or_taken(controller: FakeController) -> None:
+    with serving(ScriptWorker(config(controller), endless), controller) as worker:
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        controller.send(m.ControllerHead(m.REREGISTER, 5))
+        controller.request(generate(2))
+        former = controller.epoch
+        controller.welcome(controller.expect(m.READY))
+        controller.send(m.ControllerHead(m.REQUEST, former, 1, 3), m.encode(generate(3)))
+        controller.request(generate(4))
+        assert controller.expect(m.FIRST).head.rid == 4
+        controller.expect(m.LOAD, where=lambda got: (got.message.running, got.message.yours) == (1, 1))
+        assert repr(worker).startswith("ScriptWorker('script-")
+
+
+def test_two_controllers_share_its_slots_and_hear_of_each_other_at_once(controller: FakeController) -> None:
+    with FakeController() as other, serving(ScriptWorker(config(controller, other, slots=1, ttl_s=60), endless), controller, other):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        assert other.expect(m.LOAD, where=lambda got: got.message.running == 1).message.yours == 0
+        other.request(generate(2))
+        assert other.expect(m.BUSY).head.rid == 2
+        controller.cancel(1)
+        controller.expect(m.DONE)
+        assert other.expect(m.LOAD, where=lambda got: got.message.running == 0).message.yours == 0
+        other.request(generate(3))
+        assert other.expect(m.FIRST).head.rid == 3
+
+
+def test_draining_finishes_what_runs_and_says_goodbye(controller: FakeController) -> None:
+    gates: list[Callable[[], object]] = []
+
+    async def gated(job: GenerateJob) -> AsyncIterator[Delta]:
+        gate = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        gates.append(lambda: loop.call_soon_threadsafe(gate.set))
+        yield Delta("first")
+        await gate.wait()
+        yield Delta("last")
+
+    worker = ScriptWorker(config(controller), gated)
+    with serving(worker, controller):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        worker.drain()
+        controller.expect(m.DRAINING)
+        controller.request(generate(2))
+        assert controller.expect(m.BUSY).head.rid == 2
+        gates[0]()
+        assert text_of(controller.answer_of(1), 1) == "last"
+        controller.expect(m.BYE)
+        assert worker.closed.wait(WAIT_S)
+    assert worker.failure is None
+
+
+def test_a_controller_may_drain_it_and_the_rest_is_aborted_after_the_grace(controller: FakeController) -> None:
+    with serving(ScriptWorker(config(controller), endless), controller) as worker:
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        controller.send(m.ControllerHead(m.DRAIN, controller.epoch, deadline_ms=50))
+        controller.expect(m.DRAINING)
+        controller.expect(m.BYE)
+    assert worker.failure is None
+
+
+def process(controller: FakeController, **options: Any) -> subprocess.Popen[bytes]:
+    """An EchoWorker in a process of its own."""
+    code = (
+        "from zmqserve.backends.echo import EchoWorker\n"
+        "from zmqserve.worker import WorkerConfig\n"
+        f"EchoWorker(WorkerConfig(model='m', controllers=({controller.endpoint!r},), ttl_s=0.3), **{options!r}).run()\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_the_process_and_it_exits_with_0(controller: FakeController, number: signal.Signals) -> None:
+    with process(controller, delay_per_token_s=0.01) as worker:
+        try:
+            controller.register(timeout_s=30)
+            controller.request(generate(1, max_tokens=30))
+            controller.expect(m.FIRST)
+            worker.send_signal(number)
+            got = [controller.expect(m.MORE, m.DRAINING, m.DONE)]
+            while got[-1].head.kind != m.DONE:
+                got.append(controller.expect(m.MORE, m.DRAINING, m.DONE))
+            assert m.DRAINING in {each.head.kind for each in got}
+            assert len(chunks_of(got, 1)) == 29
+            controller.expect(m.BYE)
+            assert worker.wait(WAIT_S) == 0
+        finally:
+            worker.kill()
+
+
+def test_a_second_interrupt_ends_at_once(controller: FakeController) -> None:
+    with process(controller, delay_per_token_s=60.0) as worker:
+        try:
+            controller.register(timeout_s=30)
+            controller.request(generate(1))
+            controller.expect(m.FIRST)
+            worker.send_signal(signal.SIGINT)
+            controller.expect(m.DRAINING)
+            worker.send_signal(signal.SIGINT)
+            controller.expect(m.BYE)
+            assert worker.wait(WAIT_S) == 0
+        finally:
+            worker.kill()
+
+
+def test_the_faults_die_and_hang(controller: FakeController) -> None:
+    with process(controller, faults=True) as worker:
+        try:
+            controller.register(timeout_s=30)
+            controller.request(generate(1, "a !hang"))
+            controller.expect(m.FIRST)
+            controller.expect(m.LOAD, where=lambda got: got.message.step_age_ms > 200)
+        finally:
+            worker.kill()
+    with process(controller, faults=True) as worker:
+        try:
+            controller.epoch = 0
+            controller.register(timeout_s=30)
+            controller.request(generate(1, "!die"))
+            assert worker.wait(WAIT_S) == 70
+        finally:
+            worker.kill()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"controllers": ()},
+        {"controllers": "tcp://127.0.0.1:1"},
+        {"slots": 0},
+        {"speed": 0.0},
+        {"ttl_s": 0.0},
+        {"grace_s": -1.0},
+        {"name": ""},
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidParameter, match=next(iter(settings))):
+        WorkerConfig(**settings)
+
+
+def test_a_worker_starts_once(controller: FakeController) -> None:
+    worker = ScriptWorker(config(controller), endless)
+    worker.stop()
+    worker.start()
+    worker.stop()
+    worker.stop()
+    with pytest.raises(RuntimeError, match="was started before"):
+        worker.start()

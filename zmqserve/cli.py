@@ -1,0 +1,328 @@
+"""The command `zmqserve`: start a network, ask it, look at it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from . import logs, plugins, up
+from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
+from .controller import Controller
+from .dispatch import POLICIES
+from .errors import ConnectionFailed, InvalidParameter, RequestError, ZmqserveError
+from .worker import BaseModelWorker, WorkerConfig
+
+if TYPE_CHECKING:
+    from .client import Client
+
+USAGE, FAILED, UNREACHABLE, INTERRUPTED = 2, 1, 3, 130
+EXIT_CODES = """exit codes:
+  0 it worked   1 the request failed   2 wrong arguments   3 no controller answered   130 interrupted
+
+environment:
+  ZMQSERVE_CONTROLLER   the controller's client endpoint(s), separated by commas, where --controller is not given"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has left (head, less): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ZmqserveError as error:
+        print(f"zmqserve: {error}", file=sys.stderr)
+        if isinstance(error, ConnectionFailed):
+            return UNREACHABLE
+        return USAGE if isinstance(error, InvalidParameter) else FAILED
+
+
+# --- serving -----------------------------------------------------------------------------------
+
+
+def controller(args: argparse.Namespace) -> int:
+    """Run a controller until SIGINT or SIGTERM."""
+    logs.configure(args.log_level, args.log_json)
+    config = load_config(args.config, clients=args.clients, workers=args.workers, dispatch=args.dispatch)
+    broker = Controller(config)
+    broker.bind()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        broker.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    broker.run()
+    return 0
+
+
+def worker(args: argparse.Namespace) -> int:
+    """Run a worker until it is drained: by SIGINT, SIGTERM or `zmqserve drain`."""
+    logs.configure(args.log_level, args.log_json)
+    backend: type[BaseModelWorker] = args.backend
+    if args.exit_with_parent:
+        up.exit_with_parent()
+    config = WorkerConfig(
+        model=args.model,
+        served_name=args.name,
+        name=args.worker_name,
+        controllers=tuple(args.controller or [WORKER_ENDPOINT]),
+        slots=args.slots,
+        speed=args.speed,
+        grace_s=args.grace,
+    )
+    backend.from_arguments(config, args).run()
+    return 0
+
+
+# --- asking ------------------------------------------------------------------------------------
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Stream an answer to the terminal."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    options = {"max_tokens": args.max_tokens, "seed": args.seed}
+    if args.temperature is not None:
+        options["temperature"] = args.temperature
+    if args.stop:
+        options["stop"] = args.stop
+    with _client(args) as client:
+        asked = prompt if args.raw or not _can_chat(client, args.model) else [{"role": "user", "content": prompt}]
+        with client.generate(args.model, asked, timeout_s=args.timeout, **options) as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+        print()
+        if args.stats:
+            print(figures(stream.completion), file=sys.stderr)
+    return 0
+
+
+def _can_chat(client: Client, name: str) -> bool:
+    for model in client.models():
+        if name == model.name or name in model.aliases:
+            return "chat" in model.card.verbs
+    return False
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Print one JSON array of numbers per text."""
+    with _client(args) as client:
+        for vector in client.embed(args.model, args.texts, timeout_s=args.timeout):
+            print("[" + ", ".join(f"{number:.8g}" for number in vector) + "]")
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """List what is served."""
+    with _client(args) as client:
+        rows = [
+            (
+                model.name,
+                model.state,
+                str(len(model.workers)),
+                f"{model.running}/{model.slots}",
+                str(model.waiting),
+                str(model.context_length or "-"),
+                ",".join(model.card.verbs),
+            )
+            for model in client.models()
+        ]
+    _table(("MODEL", "STATE", "WORKERS", "RUNNING", "WAITING", "CONTEXT", "VERBS"), rows)
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show the controller's state."""
+    import msgspec
+
+    with _client(args) as client:
+        state = client.status()
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
+        return 0
+    print(f"controller {state.controller}, up {state.up_s:.0f} s, {state.dispatch}, version {state.version}")
+    print(f"clients on {', '.join(state.client_endpoints)}; workers on {', '.join(state.worker_endpoints)}")
+    print(f"{state.running} running, {state.waiting} waiting, {state.clients} clients with open requests\n")
+    rows = [
+        (
+            each.name,
+            each.backend,
+            each.state,
+            ",".join(each.models),
+            f"{each.running}/{each.slots}",
+            f"{each.speed:g}",
+            str(each.finished),
+            f"{each.heard_ms:.0f}",
+        )
+        for each in state.workers
+    ]
+    _table(("WORKER", "BACKEND", "STATE", "MODELS", "RUNNING", "SPEED", "FINISHED", "HEARD MS AGO"), rows)
+    return 0
+
+
+def drain(args: argparse.Namespace) -> int:
+    """Let a worker finish what it runs and leave."""
+    with _client(args) as client:
+        running = client.drain(args.worker, args.grace)
+    print(f"{args.worker} is draining; {running} requests are still on it")
+    return 0
+
+
+def figures(completion: object) -> str:
+    """One line about an answer: when it began, how fast it came, who gave it."""
+    timings, usage = completion.timings, completion.usage  # type: ignore[attr-defined]
+    spent_s = max(timings.total_ms - timings.first_ms, 1e-3) / 1000
+    rate = (usage.completion_tokens - 1) / spent_s if usage.completion_tokens > 1 else 0.0
+    return (
+        f"first token {timings.queue_ms + timings.first_ms:.1f} ms | {usage.completion_tokens} tokens at {rate:.1f} tokens/s | "
+        f"prompt {usage.prompt_tokens} tokens | worker {timings.worker}"
+    )
+
+
+def _client(args: argparse.Namespace) -> Client:
+    from .client import Client
+
+    return Client(args.controller) if args.controller else Client()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zmqserve",
+        description="Language models over ZeroMQ: a controller, workers and clients.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('zmqserve')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    backends = ", ".join(plugins.names())
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    serve = command("controller", controller, "run the controller, which clients and workers connect to")
+    serve.add_argument(
+        "--clients", action="append", metavar="ENDPOINT", help=f"bind for clients; may be repeated (default {CLIENT_ENDPOINT})"
+    )
+    serve.add_argument(
+        "--workers", action="append", metavar="ENDPOINT", help=f"bind for workers; may be repeated (default {WORKER_ENDPOINT})"
+    )
+    serve.add_argument("--dispatch", choices=sorted(POLICIES), help="how a worker is chosen (default shortest_queue)")
+    serve.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of ControllerConfig's settings; options win over it")
+    _log_options(serve)
+
+    work = command("worker", worker, f"run a worker: one model on one backend ({backends})")
+    _backend_options(work, arguments, backends)
+    work.add_argument(
+        "--controller", action="append", metavar="ENDPOINT", help=f"a controller's worker side; may be repeated (default {WORKER_ENDPOINT})"
+    )
+    work.add_argument(
+        "--worker-name", metavar="NAME", help="the worker's own name in status and logs (default: backend, host and a random suffix)"
+    )
+    work.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    _log_options(work)
+
+    both = command("up", up.run, "run a controller and its workers together; Ctrl-C drains them")
+    _backend_options(both, arguments, backends)
+    both.add_argument("--replicas", type=_positive, metavar="N", help="workers to start (default: one per GPU given, else 1)")
+    both.add_argument("--gpus", metavar="LIST", help="GPU numbers like 0,1: each worker sees one of them")
+    both.add_argument("--clients", action="append", metavar="ENDPOINT", help=f"bind for clients (default {CLIENT_ENDPOINT})")
+    both.add_argument("--workers", action="append", metavar="ENDPOINT", help=f"bind for workers (default {WORKER_ENDPOINT})")
+    both.add_argument("--dispatch", choices=sorted(POLICIES), help="how a worker is chosen (default shortest_queue)")
+    _log_options(both)
+    both.set_defaults(arguments=list(arguments))
+
+    query = command("ask", ask, "ask a model and stream its answer to the terminal")
+    query.add_argument("model", help="a name that `zmqserve models` lists")
+    query.add_argument("prompt", help="the question; - reads it from standard input")
+    query.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens")
+    query.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 1)")
+    query.add_argument("--seed", type=int, metavar="N", help="for a repeatable answer")
+    query.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated")
+    query.add_argument("--raw", action="store_true", help="send the prompt as it is, without the model's chat template")
+    query.add_argument("--stats", action="store_true", help="print a line of figures to standard error at the end")
+    _client_options(query)
+
+    vectors = command("embed", embed, "print the embedding of each text, a JSON array a line")
+    vectors.add_argument("model", help="a name that `zmqserve models` lists")
+    vectors.add_argument("texts", nargs="+", metavar="TEXT")
+    _client_options(vectors)
+
+    _client_options(command("models", models, "list the models that are served"))
+    state = command("status", status, "show the controller's workers, models and queues")
+    state.add_argument("--json", action="store_true", help="everything, as JSON")
+    _client_options(state)
+    leave = command("drain", drain, "let a worker finish what it runs, give it nothing new, and let it go")
+    leave.add_argument("worker", help="a name that `zmqserve status` lists")
+    leave.add_argument("--grace", type=float, metavar="S", help="seconds until the rest of its requests move (default: the controller's)")
+    _client_options(leave)
+    return parser
+
+
+def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], backends: str) -> None:
+    parser.add_argument(
+        "backend", metavar="BACKEND", type=_backend, help=f"one of: {backends}; its own options: zmqserve COMMAND BACKEND --help"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="PATH_OR_ID", help="what to load: a local path, a Hugging Face id, or smollm2-135m"
+    )
+    parser.add_argument("--name", metavar="MODEL_NAME", help="the name that clients ask for (default: from --model)")
+    parser.add_argument("--slots", type=_positive, metavar="N", help="requests at a time (default: the backend's)")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="relative speed, for dispatch (default 1)")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
+    )
+    if len(arguments) > 1 and arguments[0] in ("worker", "up") and arguments[1] in plugins.names() and parser.prog.endswith(arguments[0]):
+        plugins.load(arguments[1]).add_arguments(parser.add_argument_group(f"{arguments[1]} options"))
+
+
+def _client_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--controller",
+        action="append",
+        metavar="ENDPOINT",
+        help=f"the controller's client side; may be repeated (default {CLIENT_ENDPOINT})",
+    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds")
+
+
+def _log_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="least important lines to log (default info)")
+    parser.add_argument("--log-json", action="store_true", default=None, help="log JSON also on a terminal")
+
+
+def _backend(name: str) -> type[BaseModelWorker]:
+    try:
+        return plugins.load(name)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number

@@ -1,0 +1,288 @@
+"""The client for programs that block: any number of threads may share one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
+
+import zmq
+
+from . import requests
+from .call import Answer, Call, ClientRequest
+from .config import CLIENT_ENDPOINT
+from .connection import Connection
+from .errors import InvalidParameter, MalformedMessage, ZmqserveError
+from .messages import (
+    ControllerStatus,
+    Details,
+    Drain,
+    DrainReply,
+    Embedding,
+    Generate,
+    ListModels,
+    ModelCard,
+    Models,
+    Status,
+    StatusReply,
+    Tokens,
+)
+from .params import EmbedParams, SamplingParams
+from .requests import EmbedOptions, Prompt, Routing, Sampling, Turn
+from .results import Completion, ServedModel, served
+from .sockets import SocketLimits, check_endpoint
+from .stream import Stream, completed
+
+if TYPE_CHECKING:
+    from typing import TypeAlias, Unpack
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vectors: TypeAlias = NDArray[np.float32]
+
+ENDPOINTS_VARIABLE = "ZMQSERVE_CONTROLLER"
+"""Environment variable for the controller's client endpoints; several are separated by commas."""
+
+A = TypeVar("A", bound=Answer)
+
+
+class Client:
+    """Asks a controller, and through it the workers.
+
+    endpoints: the controller's client side, or several to try in order; None: ``ZMQSERVE_CONTROLLER``, else
+    ``tcp://127.0.0.1:5570``. Nothing is sent before the first request.
+    context: a ZeroMQ context to share (needed for ``inproc://``); None: one of its own.
+    timeout_s: deadline of requests that name none; None: no deadline.
+    connect_timeout_s: how long each endpoint may take to answer before ControllerUnreachable.
+    ttl_s: a controller silent for so long while requests are open is lost (ControllerLost); it does the same with this client.
+    buffer_bytes: what may lie unread in one stream before it ends as SlowConsumer.
+    name: shown by the controller.
+
+    All verbs raise the errors of zmqserve.errors. Threads may share a client; a stream belongs to one thread.
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Sequence[str] | None = None,
+        *,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        timeout_s: float | None = None,
+        connect_timeout_s: float = 0.75,
+        ttl_s: float = 3.0,
+        buffer_bytes: int = 16 * 2**20,
+        name: str = "",
+    ) -> None:
+        if endpoints is None:
+            endpoints = os.environ.get(ENDPOINTS_VARIABLE, CLIENT_ENDPOINT).split(",")
+        elif isinstance(endpoints, str):
+            endpoints = [endpoints]
+        self.endpoints = tuple(check_endpoint(endpoint.strip(), bind=False) for endpoint in endpoints)
+        if not self.endpoints:
+            raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
+        self._timeout_s = None if timeout_s is None else requests.check_duration("timeout_s", timeout_s)
+        self._connection = Connection(
+            self.endpoints,
+            context=context,
+            name=name,
+            ttl_s=requests.check_duration("ttl_s", ttl_s),
+            connect_timeout_s=requests.check_duration("connect_timeout_s", connect_timeout_s),
+            buffer_bytes=buffer_bytes,
+            limits=SocketLimits(),
+        )
+
+    def __repr__(self) -> str:
+        return f"Client({', '.join(self.endpoints)}: {self._connection!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel open requests and close the socket. Other threads' open verbs and streams end with an error."""
+        self._connection.close()
+
+    # --- answers -------------------------------------------------------------------------------
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[True] = True,
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream: ...
+
+    @overload
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: Literal[False],
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Completion: ...
+
+    def generate(
+        self,
+        model: str,
+        prompt: Prompt,
+        *,
+        stream: bool = True,
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Any,
+    ) -> Stream | Completion:
+        """Continue a prompt: a text, its token ids, or messages. Returns a Stream, or with ``stream=False`` a Completion.
+
+        params, and keywords such as ``max_tokens=32``, which win over it: see SamplingParams.
+        timeout_s: the deadline, time in the queue included. priority: -100 to 100, lower is served first.
+        affinity: requests with one key keep one worker, as far as load allows. trace: a W3C traceparent.
+        """
+        routing = self._routing(timeout_s, priority, affinity, trace)
+        return self._generate(requests.generate(model, prompt, params, sampling, routing), stream=stream)
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Turn],
+        *,
+        stream: Literal[True] = True,
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Stream: ...
+
+    @overload
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Turn],
+        *,
+        stream: Literal[False],
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Completion: ...
+
+    def chat(
+        self,
+        model: str,
+        messages: Sequence[Turn],
+        *,
+        stream: bool = True,
+        params: SamplingParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **sampling: Any,
+    ) -> Stream | Completion:
+        """Answer a conversation, put into the model's own chat template. Options as in `generate`."""
+        routing = self._routing(timeout_s, priority, affinity, trace)
+        turns = requests.conversation(messages)
+        return self._generate(requests.generate(model, turns, params, sampling, routing), stream=stream)
+
+    def embed(
+        self,
+        model: str,
+        texts: Sequence[str],
+        *,
+        params: EmbedParams | None = None,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Vectors:
+        """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (ModuleNotFoundError says how to get it)."""
+        try:
+            import numpy as np
+        except ImportError:
+            raise ModuleNotFoundError('embed returns numpy arrays: pip install "zmqserve[embeddings]"', name="numpy") from None
+        routing = self._routing(timeout_s, priority, affinity, trace)
+        reply = self._ask(requests.embed(model, texts, params, options, routing), Embedding)
+        rows, columns = reply.shape
+        if reply.dtype != "float32" or rows != len(texts) or columns < 0 or len(reply.data) != rows * columns * 4:
+            what = f"{len(reply.data)} bytes of {reply.dtype} for {rows} x {columns}"
+            raise MalformedMessage(f"the embedding of {len(texts)} texts is not one: {what}")
+        return np.frombuffer(reply.data, dtype="<f4").reshape(rows, columns).astype(np.float32, copy=True)
+
+    def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> int:
+        """How many tokens a prompt or conversation is, special tokens and chat template included."""
+        return self._ask(requests.count_tokens(model, prompt, self._routing(timeout_s)), Tokens).count
+
+    def model_details(self, model: str, *, timeout_s: float | None = None) -> ModelCard:
+        """What one of the model's workers says about it."""
+        return self._ask(requests.model_details(model, self._routing(timeout_s)), Details).card
+
+    # --- the network ---------------------------------------------------------------------------
+
+    def models(self) -> list[ServedModel]:
+        """What is served, and by whom."""
+        return [served(status) for status in self._ask(ListModels(requests.new_rid()), Models).models]
+
+    def status(self) -> ControllerStatus:
+        """The controller's state: its workers, models, queues and counters."""
+        return self._ask(Status(requests.new_rid()), StatusReply).status
+
+    def drain(self, worker: str, grace_s: float | None = None) -> int:
+        """Let a worker finish what it runs, within `grace_s` (None: the controller's setting), and go. Returns how much it still runs."""
+        return self._ask(requests.drain(worker, grace_s), DrainReply).running
+
+    # --- how -----------------------------------------------------------------------------------
+
+    def _routing(self, timeout_s: float | None, priority: int = 0, affinity: str | None = None, trace: str | None = None) -> Routing:
+        return Routing(self._timeout_s if timeout_s is None else timeout_s, priority, affinity, trace)
+
+    def _generate(self, request: Generate, *, stream: bool) -> Stream | Completion:
+        if stream:
+            return Stream(self._connection, self._connection.open(request, timeout_s=self._limit_s(request), collect=False))
+        return completed(self._finished(request))
+
+    def _ask(self, request: ClientRequest, kind: type[A]) -> A:
+        """Ask and wait. The session sees to it that the end is an answer of this kind or an error."""
+        end = self._finished(request).end
+        if isinstance(end, kind):
+            return end
+        raise cast("ZmqserveError", end)
+
+    def _finished(self, request: ClientRequest) -> Call:
+        """The request's call when it has ended. An interrupt cancels it."""
+        call = self._connection.open(request, timeout_s=self._limit_s(request), collect=True)
+        try:
+            self._connection.wait(call)
+        except BaseException:
+            self._connection.cancel(call)
+            raise
+        return call
+
+    def _limit_s(self, request: ClientRequest) -> float | None:
+        """How long to wait: what the request says to the controller, or the client's default where it cannot say it."""
+        if isinstance(request, ListModels | Status | Drain) or request.deadline_ms is None:
+            return self._timeout_s
+        return request.deadline_ms / 1000

@@ -1,0 +1,198 @@
+"""The controller: two ROUTER sockets, a broker, and the loop that drives it. A process of its own or a thread of yours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
+from random import Random
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import zmq
+
+from .broker import Broker
+from .config import ControllerConfig, load_config
+from .logs import Logger
+from .relay import Port, Relay
+from .sockets import Binding, SocketLimits, raise_descriptor_limit, router
+
+log = Logger("zmqserve.controller")
+
+DRAIN = 256
+"""Messages read from one socket before the other gets its turn. One a poll would be 2.6 times slower than 64."""
+MOST_POLL_S = 0.25
+FAREWELL_MS = 200
+"""What the last messages (GoAway, errors) get to leave when the controller stops."""
+
+
+class Controller:
+    """Broker of a network. `start()` and `stop()` run it in a thread, `run()` in the calling one until `stop()`.
+
+    `config` says all; keywords change single settings of it. `context`: yours, for inproc endpoints; else its own.
+    Raises InvalidParameter, and BindFailed or InvalidEndpoint from `start`, `run` or `bind`.
+    """
+
+    def __init__(
+        self,
+        config: ControllerConfig | None = None,
+        *,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        report: Callable[..., None] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = load_config(None, **((msgspec.structs.asdict(config) if config is not None else {}) | settings))
+        self.id = secrets.token_hex(8)
+        self.client_endpoints: list[str] = []
+        self.worker_endpoints: list[str] = []
+        self._own_context = context is None
+        self._context = context
+        self._report = report or _log
+        self._bindings: list[Binding] = []
+        self._relay: Relay | None = None
+        self._thread: threading.Thread | None = None
+        self._stopping = self._running = False
+        self._wake_r, self._wake_w = -1, -1
+        self._wake_lock = threading.RLock()  # a signal handler may call `stop` in the thread that has it
+
+    def __repr__(self) -> str:
+        return f"Controller({self.id!r}, clients={self.client_endpoints}, workers={self.worker_endpoints})"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def bind(self) -> None:
+        """Bind all endpoints; `client_endpoints` and `worker_endpoints` then hold the real ones. Harmless when bound."""
+        self._relay = self._relay or self._bound()
+
+    def _bound(self) -> Relay:
+        raise_descriptor_limit()
+        config = self.config
+        self._context = self._context or zmq.Context()
+        limits = SocketLimits(config.message_bytes, config.pipe_messages)
+        self._wake_r, self._wake_w = os.pipe()
+        os.set_blocking(self._wake_w, False)
+        sockets: list[zmq.Socket[bytes]] = []
+        try:
+            sockets += (router(self._context, limits), router(self._context, limits))
+            for socket, endpoints, bound in zip(
+                sockets, (config.clients, config.workers), (self.client_endpoints, self.worker_endpoints), strict=True
+            ):
+                for endpoint in endpoints:
+                    self._bindings.append(Binding(socket, endpoint))
+                    bound.append(self._bindings[-1].endpoint)
+        except Exception:
+            self._close(sockets)
+            raise
+        clients, workers = (Port(socket, config.outbox_bytes) for socket in sockets)
+        broker = Broker(
+            config,
+            controller_id=self.id,
+            version=_version(),
+            send_client=lambda envelope, payload: clients.send(*envelope, payload),
+            send_worker=workers.send,
+            report=self._report,
+            random=Random(config.seed),
+            new_epoch=lambda: secrets.randbits(63) | 1,
+            now=time.monotonic(),
+        )
+        broker.endpoints = (self.client_endpoints, self.worker_endpoints)
+        broker.outbox_bytes = lambda: clients.waiting_bytes + workers.waiting_bytes
+        ends = {"clients": self.client_endpoints, "workers": self.worker_endpoints}
+        self._report("controller up", controller=self.id, **ends, dispatch=config.dispatch)
+        return Relay(broker, clients, workers)
+
+    def start(self) -> None:
+        """Bind, and run in a thread of its own."""
+        if self._thread is not None:
+            raise RuntimeError("the controller runs already")
+        self.bind()
+        self._stopping = False
+        self._thread = threading.Thread(target=self.run, name="zmqserve-controller", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop from any thread or a signal handler: clients are told, sockets closed. Waits for the thread of `start`."""
+        self._stopping = True
+        with self._wake_lock:
+            if self._wake_w >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._wake_w, b"x")
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        relay = self._relay
+        if relay is not None and not self._running:  # bound, and never run
+            self._relay = None
+            self._close([relay.clients.socket, relay.workers.socket])
+
+    def run(self) -> None:
+        """Serve in this thread until `stop`."""
+        self._running = True
+        try:
+            relay = self._relay = self._relay or self._bound()
+            try:
+                self._loop(relay)
+                relay.broker.shut_down(time.monotonic())
+            finally:
+                self._report("controller down", controller=self.id)
+                self._relay = None
+                self._close([relay.clients.socket, relay.workers.socket])
+        finally:
+            self._running = False
+
+    def _loop(self, relay: Relay) -> None:
+        broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket
+        pollin = int(zmq.POLLIN)
+        watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (self._wake_r, pollin)]
+        while not self._stopping:
+            now = time.monotonic()
+            due_s = broker.tick(now)
+            retry_s = None
+            if relay.clients.outboxes or relay.workers.outboxes:
+                relay.flush(now)
+                retry_s = relay.next_s()
+            next_s = min(when_s for when_s in (now + MOST_POLL_S, due_s, retry_s) if when_s is not None)
+            ready = dict(zmq.zmq_poll(watched, max(0, ceil((next_s - now) * 1000))))
+            now = time.monotonic()
+            if workers in ready:
+                relay.from_workers(now, DRAIN)
+            if clients in ready:
+                relay.from_clients(now, DRAIN)
+
+    def _close(self, sockets: list[zmq.Socket[bytes]]) -> None:
+        with self._wake_lock:
+            pipe, self._wake_r, self._wake_w = (self._wake_r, self._wake_w), -1, -1  # first: a signal handler may call `stop` now
+            for end in pipe:
+                os.close(end)
+        for socket in sockets:
+            socket.close(linger=FAREWELL_MS)
+        if self._own_context and self._context is not None:
+            self._context.term()
+            self._context = None
+        for binding in self._bindings:  # last: libzmq removes an ipc path when it closes it, which must not be another's by then
+            binding.release()
+        self._bindings.clear()
+        self.client_endpoints.clear()
+        self.worker_endpoints.clear()
+
+
+def _log(event: str, **fields: object) -> None:
+    log.info(event, **fields)
+
+
+def _version() -> str:
+    try:
+        return version("zmqserve")
+    except PackageNotFoundError:
+        return "0"

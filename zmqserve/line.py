@@ -1,0 +1,126 @@
+"""A client's socket, with what it takes to sleep on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+from collections.abc import Callable
+
+import zmq
+
+from .errors import InvalidEndpoint
+from .sockets import SocketLimits, dealer
+
+NOBLOCK = int(zmq.NOBLOCK)
+EVENTS = int(zmq.EVENTS)
+POLLIN = int(zmq.POLLIN)
+
+
+class Bell:
+    """Wakes a thread that polls: a pipe. Rung and cleared under one lock."""
+
+    def __init__(self) -> None:
+        self.fd, self._write = os.pipe()
+        self._rung = False
+
+    def __repr__(self) -> str:
+        return f"Bell({'closed' if self.fd < 0 else 'rung' if self._rung else 'still'})"
+
+    def ring(self) -> None:
+        """Wake who polls, or who polls next."""
+        if not self._rung and self.fd >= 0:
+            self._rung = True
+            os.write(self._write, b"\0")
+
+    def clear(self) -> None:
+        """Be still again."""
+        if self._rung and self.fd >= 0:
+            os.read(self.fd, 1)
+        self._rung = False
+
+    def close(self) -> None:
+        """Give the descriptors back; harmless when that was done."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            os.close(self._write)
+            self.fd = -1
+
+
+class Line:
+    """The Wire of a session: a DEALER, a new one for each `connect`.
+
+    `recv` reads a message without waiting, or raises zmq.Again, which costs as much as a dozen messages: `readable` asks first.
+    `poller` wakes for the socket and for `bell`. The socket's descriptor is edge-triggered, and any call on the socket may eat the
+    edge: `dirty` says that something may lie there unread, so that nobody may sleep on `poller` before the socket was found empty.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, limits: SocketLimits) -> None:
+        self.bell = Bell()
+        self.dirty = False
+        self.recv: Callable[[], bytes] = _nothing
+        self._context, self._owns_context = context, context is None
+        self._limits = limits
+        self._socket: zmq.Socket[bytes] | None = None
+        self.renew_poller()
+
+    def __repr__(self) -> str:
+        return f"Line({'no socket' if self._socket is None else self._socket!r}, dirty={self.dirty})"
+
+    def connect(self, endpoint: str) -> None:
+        """A new socket connects at once, where an old one might be waiting for its next try."""
+        if self._context is None:
+            self._context = zmq.Context()
+        self._drop_socket(0)
+        try:
+            self._socket = dealer(self._context, endpoint, self._limits, immediate=True)
+            self.recv = functools.partial(self._socket.recv, NOBLOCK)
+        except (zmq.ZMQError, InvalidEndpoint):
+            # No descriptors left, or no such address family here: nobody will answer, which the session tells its callers.
+            pass
+        self.dirty = True
+        self.renew_poller()
+        self.bell.ring()
+
+    def send(self, payload: bytes) -> bool:
+        """False when there is no connection or its pipe is full."""
+        if self._socket is None:
+            return False
+        self.dirty = True
+        try:
+            self._socket.send(payload, NOBLOCK)
+        except (zmq.Again, zmq.ContextTerminated):
+            return False
+        return True
+
+    def stirs(self) -> bool:
+        """Whether there is something to read or room to write. Asking eats the edge, so it settles whether to sleep."""
+        return self._socket is not None and bool(self._socket.getsockopt(zmq.EVENTS))
+
+    def readable(self) -> bool:
+        """Whether there is something for `recv`; also raises what `recv` would raise for good."""
+        return self._socket is not None and bool(int(self._socket.get(EVENTS)) & POLLIN)
+
+    def renew_poller(self) -> None:
+        """A poll object may be used by one thread at a time: make one that nobody uses."""
+        self.poller = select.poll()
+        self.poller.register(self.bell.fd, select.POLLIN)
+        if self._socket is not None:
+            self.poller.register(self._socket.fileno(), select.POLLIN)
+
+    def close(self, linger_ms: int) -> zmq.Context[zmq.Socket[bytes]] | None:
+        """Close the socket; the bell stays. Returns the context, if it was made here, for the caller to end: that may take `linger_ms`."""
+        self._drop_socket(linger_ms)
+        context = self._context if self._owns_context else None
+        self._context = None
+        return context
+
+    def _drop_socket(self, linger_ms: int) -> None:
+        self.recv = _nothing
+        if self._socket is not None:
+            self._socket.close(linger=linger_ms)
+            self._socket = None
+
+
+def _nothing() -> bytes:
+    raise zmq.Again

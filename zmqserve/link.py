@@ -1,0 +1,314 @@
+"""One worker's dealings with one controller, without a socket, a thread or a clock: `now` and messages are fed in.
+
+::
+
+    registering ──WELCOME──> registered ──REREGISTER, fresh socket──> registering
+         └──REFUSED, for good──> refused              close() from anywhere ──> closed
+
+`silent` is beside these: the controller's lease ended. What runs for it runs on and its frames wait, until it is heard again
+(then they leave) or a WELCOME or REREGISTER says that it no longer knows them (then they are dropped).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from math import inf
+from random import Random
+from typing import Protocol, TypeAlias
+
+from .errors import MalformedMessage, ProtocolMismatch
+from .liveness import BEATS_PER_TTL, Lease
+from .messages import (
+    BEAT,
+    BUSY,
+    BYE,
+    CANCEL,
+    DRAIN,
+    DRAINING,
+    LOAD,
+    PROTOCOL,
+    READY,
+    REFUSED,
+    REQUEST,
+    REREGISTER,
+    WELCOME,
+    ControllerHead,
+    Load,
+    Ready,
+    Refused,
+    WorkerHead,
+    WorkerWelcome,
+    decoder,
+    encode,
+    read,
+)
+
+Send: TypeAlias = Callable[[bytes, bytes], bool]
+"""Gives head and payload to the pipe; False when it does not take them now."""
+
+REGISTER_RETRY_S = 1.0
+LOAD_GAP_S = 0.02
+"""Least time between two LOADs."""
+SILENT_TTLS = 2
+"""A connection that brought nothing for so many ttls is replaced by a fresh one ..."""
+FRESH_SOCKET_S = (2.0, 4.0)
+"""... and again after a time between these: a long outage is never followed by a long wait."""
+
+_heads = decoder(ControllerHead)
+_welcomes = decoder(WorkerWelcome)
+_refusals = decoder(Refused)
+
+
+class LinkHost(Protocol):
+    """Whose link it is: a worker, or a controller that is its parent's worker. `link.epoch` tells the registration."""
+
+    def ready(self) -> Ready:
+        """What to register."""
+
+    def load(self, link: ControllerLink) -> Load:
+        """What to say in the heartbeat."""
+
+    def offer(self, link: ControllerLink, head: ControllerHead, payload: bytes) -> bool:
+        """Take a request; False when there is no slot for it."""
+
+    def cancel(self, link: ControllerLink, client: int, rid: int) -> None:
+        """Stop a request if it is there."""
+
+    def abort(self, link: ControllerLink) -> None:
+        """Drop all that runs for this link: its controller no longer waits for it. May be called when nothing runs."""
+
+    def drain(self, grace_s: float | None) -> None:
+        """A controller wants the worker to finish and leave."""
+
+    def fresh_socket(self, link: ControllerLink) -> None:
+        """Replace the connection."""
+
+    def changed(self, link: ControllerLink) -> None:
+        """`link.state` or `link.silent` has changed, or a registration was refused for now (`link.refusal`)."""
+
+
+class ControllerLink:
+    """Registers, beats, answers BUSY and keeps frames in order while the pipe takes none.
+
+    The owner calls `received` for each message, `tick` at the time that the last `tick` returned (and after anything
+    else), and `writable` when the pipe takes messages again while `blocked` is set. `ttl_s` is the worker's own: the
+    controller's comes in its WELCOME. `stale_frames` and `bad_frames` count what was dropped.
+    """
+
+    def __init__(self, endpoint: str, host: LinkHost, send: Send, *, ttl_s: float, random: Random, now: float) -> None:
+        self.endpoint = endpoint
+        self.controller = ""
+        self.epoch = 0
+        self.state = "registering"
+        self.silent = False
+        self.refusal: Refused | None = None
+        self.blocked = False
+        self.outbox_bytes = 0
+        self.stale_frames = 0
+        self.bad_frames = 0
+        self._host = host
+        self._send = send
+        self._random = random
+        self._beat_every_s = ttl_s / BEATS_PER_TTL
+        self._lease = Lease(ttl_s, now)
+        self._due_s = now
+        self._beat_s = -inf
+        self._ticked_s = now
+        self._fresh_s = now
+        self._ready_changed = False
+        self._draining = False
+        self._outbox: deque[tuple[bytes, bytes]] = deque()
+
+    def __repr__(self) -> str:
+        silent = ", silent" if self.silent else ""
+        return f"ControllerLink({self.endpoint!r}, {self.state}{silent}, epoch={self.epoch}, {len(self._outbox)} frames waiting)"
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> float:
+        """Do what is due; returns when to call again."""
+        if self.state in ("refused", "closed"):
+            return inf
+        if now - self._ticked_s > self._lease.ttl_s / 2:
+            # This process was stopped for a while: what the controller said meanwhile is still in the socket.
+            self._lease.heard_s = now
+        self._ticked_s = now
+        if now >= self._due_s:
+            if self.state == "registered":
+                self._beat(now)
+            else:
+                self._register(now)
+        if not self.silent and self._lease.expired(now):
+            self.silent = True
+            self._host.changed(self)
+        # Behind a pipe that takes nothing is either no connection, which libzmq keeps trying, or a queue that is full.
+        fresh_s = inf if self.blocked or self._draining else max(self._fresh_s, self._lease.heard_s + SILENT_TTLS * self._lease.ttl_s)
+        if now >= fresh_s:
+            self._unregister("registering")
+            self._host.fresh_socket(self)
+            self._register(now)
+            fresh_s = self._fresh_s = now + self._random.uniform(*FRESH_SOCKET_S)
+        return min(self._due_s, fresh_s, inf if self.silent else self._lease.ends_s)
+
+    def writable(self, now: float) -> None:
+        """The pipe takes messages again: the connection is back, or its queue has room."""
+        self.blocked = False
+        self._fresh_s = now + self._random.uniform(*FRESH_SOCKET_S)
+        self._due_s = now
+        self._flush()
+
+    def others_changed(self, now: float) -> None:
+        """The worker's load for other controllers changed: say so soon."""
+        if self.state == "registered":
+            self._due_s = min(self._due_s, max(now, self._beat_s + LOAD_GAP_S))
+
+    # --- what the worker says -----------------------------------------------------------------
+
+    def announce(self) -> None:
+        """`host.ready()` has changed: tell the controller, now or when it has welcomed us."""
+        if self.state == "registered":
+            self.post(self.epoch, encode(WorkerHead(READY, self.epoch)), encode(self._host.ready()))
+        else:
+            self._ready_changed = True
+
+    def post(self, epoch: int, head: bytes, payload: bytes) -> None:
+        """Send, after what waits already. Frames of a registration that is over are dropped: nobody expects them."""
+        if epoch != self.epoch or not epoch:
+            self.stale_frames += 1
+        elif self._outbox or self.silent or not self._try(head, payload):
+            self._outbox.append((head, payload))
+            self.outbox_bytes += len(head) + len(payload)
+
+    def drain(self) -> None:
+        """Tell the controller that no more work is wanted. From now on the link does not register again."""
+        if not self._draining:
+            self._draining = True
+            self.post(self.epoch, encode(WorkerHead(DRAINING, self.epoch)), b"")
+            if self.state == "registering":
+                self._due_s = inf
+
+    def close(self) -> None:
+        """Say BYE, if there is somebody to say it to."""
+        if self.state == "registered":
+            self._flush()
+            self._try(encode(WorkerHead(BYE, self.epoch)), b"")
+        self._unregister("closed")
+
+    # --- what the controller says -------------------------------------------------------------
+
+    def received(self, now: float, head: bytes, payload: bytes) -> None:
+        """A message came. What is not the protocol, or not of this registration, is counted and dropped."""
+        if self.state in ("refused", "closed"):
+            return
+        try:
+            message = read(_heads, head)
+        except MalformedMessage:
+            self.bad_frames += 1
+            return
+        self._lease.heard_s = now
+        was_silent, self.silent, before = self.silent, False, self.state
+        try:
+            self._handle(now, message, payload)
+        except MalformedMessage:
+            self.bad_frames += 1
+        if was_silent:
+            self._flush()
+            if self.state == before:
+                self._host.changed(self)
+
+    def _handle(self, now: float, message: ControllerHead, payload: bytes) -> None:
+        kind = message.kind
+        if kind == WELCOME:
+            self._welcomed(now, message.epoch, read(_welcomes, payload))
+        elif kind == REFUSED:
+            self._refused(now, read(_refusals, payload))
+        elif kind == REREGISTER:
+            self._reregister(now, message.epoch)
+        elif message.epoch != self.epoch or self.state != "registered":
+            self.stale_frames += 1
+        elif kind == REQUEST and message.rid:
+            if not self._host.offer(self, message, payload):
+                self.post(self.epoch, encode(WorkerHead(BUSY, self.epoch, message.client, message.rid)), b"")
+        elif kind == CANCEL:
+            self._host.cancel(self, message.client, message.rid)
+        elif kind == DRAIN:
+            self._host.drain(None if message.deadline_ms is None else message.deadline_ms / 1000)
+        elif kind != BEAT:
+            self.bad_frames += 1
+
+    def _welcomed(self, now: float, epoch: int, welcome: WorkerWelcome) -> None:
+        if welcome.protocol != PROTOCOL:
+            why = f"it speaks protocol {welcome.protocol}, this worker {PROTOCOL}"
+            self._refused(now, Refused(ProtocolMismatch.code, why))
+        elif not epoch:
+            self.bad_frames += 1
+        elif epoch != self.epoch:
+            self._unregister("registering")
+            self.epoch = epoch
+            self.controller = welcome.controller
+            self.refusal = None
+            self._lease.ttl_s = welcome.ttl_ms / 1000
+            # It should know at once what other controllers have taken.
+            self._due_s = now
+            self._become("registered")
+            if self._ready_changed:
+                self._ready_changed = False
+                self.announce()
+            if self._draining:
+                self.post(epoch, encode(WorkerHead(DRAINING, epoch)), b"")
+
+    def _refused(self, now: float, refusal: Refused) -> None:
+        if refusal.retry_after_ms is None:
+            self.refusal = refusal
+            self._unregister("refused")
+        else:
+            self._unregister("registering")
+            self.refusal = refusal
+            self._due_s = inf if self._draining else now + refusal.retry_after_ms / 1000
+            self._host.changed(self)
+
+    def _reregister(self, now: float, epoch: int) -> None:
+        """The controller doesn't know us. The number that it sends is repeated in READY: it proves who answers."""
+        self._unregister("registering")
+        self._register(now, epoch)
+
+    # --- within -------------------------------------------------------------------------------
+
+    def _register(self, now: float, number: int = 0) -> None:
+        if self._draining:
+            self._due_s = inf
+            return
+        self._due_s = now + REGISTER_RETRY_S
+        if self._try(encode(WorkerHead(READY, number)), encode(self._host.ready())):
+            self._ready_changed = False
+
+    def _beat(self, now: float) -> None:
+        self._due_s = now + self._beat_every_s
+        if self._try(encode(WorkerHead(LOAD, self.epoch)), encode(self._host.load(self))):
+            self._beat_s = now
+            # The pipe takes messages again, and after this one succeeded nobody waits to be told so.
+            self._flush()
+
+    def _unregister(self, state: str) -> None:
+        self._host.abort(self)
+        self.epoch = 0
+        self._outbox.clear()
+        self.outbox_bytes = 0
+        self._become(state)
+
+    def _become(self, state: str) -> None:
+        if self.state != state:
+            self.state = state
+            self._host.changed(self)
+
+    def _try(self, head: bytes, payload: bytes) -> bool:
+        sent = self._send(head, payload)
+        self.blocked = not sent
+        return sent
+
+    def _flush(self) -> None:
+        outbox = self._outbox
+        while outbox and not self.silent and self._try(*outbox[0]):
+            head, payload = outbox.popleft()
+            self.outbox_bytes -= len(head) + len(payload)

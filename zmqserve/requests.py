@@ -1,0 +1,195 @@
+"""From what a caller of the SDK gives to the message that asks for it. Whatever can be wrong is said here, before anything is sent."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypedDict
+
+from .errors import InvalidParameter
+from .jobs import checked
+from .messages import MAX_NAME, MAX_RID, ChatMessage, CountTokens, Drain, Embed, Generate, ModelDetails, pack_ids
+from .params import EmbedParams, Guided, SamplingParams, build
+
+Turn: TypeAlias = ChatMessage | Mapping[str, str]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Turn]
+"""A text, its token ids, or a conversation."""
+
+MAX_PRIORITY = 100
+MAX_DEADLINE_MS = 2**53
+
+
+class Sampling(TypedDict, total=False):
+    """The fields of SamplingParams as keywords, for type checkers and editors; `stop` may be one text."""
+
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    stop: str | list[str]
+    stop_token_ids: list[int]
+    seed: int | None
+    n: int
+    logprobs: int | None
+    echo: bool
+    ignore_eos: bool
+    skip_special_tokens: bool
+    guided: Guided | None
+
+
+class EmbedOptions(TypedDict, total=False):
+    """The fields of EmbedParams as keywords."""
+
+    dimensions: int | None
+    normalize: bool | None
+    truncate_tokens: int | None
+
+
+class Routing:
+    """How a request is treated on its way; see Client.generate. Raises InvalidParameter for what cannot be sent."""
+
+    __slots__ = ("affinity", "deadline_ms", "priority", "trace")
+
+    def __init__(self, timeout_s: float | None, priority: int = 0, affinity: str | None = None, trace: str | None = None) -> None:
+        self.deadline_ms = None if timeout_s is None else math.ceil(check_duration("timeout_s", timeout_s) * 1000)
+        if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise _invalid("priority", priority, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+        self.priority = priority
+        for name, label in (("affinity", affinity), ("trace", trace)):
+            if label is not None and not (isinstance(label, str) and len(label) <= MAX_NAME):
+                raise _invalid(name, label, f"a text of at most {MAX_NAME} characters")
+        self.affinity = affinity
+        self.trace = trace
+
+    def __repr__(self) -> str:
+        return f"Routing(deadline_ms={self.deadline_ms}, priority={self.priority}, affinity={self.affinity!r}, trace={self.trace!r})"
+
+
+def new_rid() -> int:
+    """A request id. It is a capability, which nobody may guess: 63 random bits, never 0."""
+    return secrets.randbelow(MAX_RID) + 1
+
+
+def generate(model: str, prompt: Prompt, params: SamplingParams | None, sampling: Mapping[str, Any], routing: Routing) -> Generate:
+    """The request for a streamed answer."""
+    text, turns, ids = _split(prompt)
+    return checked(
+        Generate(
+            new_rid(),
+            check_name("model", model),
+            routing.priority,
+            routing.deadline_ms,
+            routing.affinity,
+            trace=routing.trace,
+            prompt=text,
+            messages=turns,
+            token_ids=ids,
+            params=build(SamplingParams, params, sampling),
+        )
+    )
+
+
+def embed(model: str, texts: Sequence[str], params: EmbedParams | None, options: Mapping[str, Any], routing: Routing) -> Embed:
+    """The request for one vector per text."""
+    if isinstance(texts, str | bytes):
+        raise _invalid("texts", texts, "a list of texts (put a single one into a list)")
+    texts = list(texts)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise _invalid(f"texts[{position}]", text, "a text")
+    return checked(
+        Embed(
+            new_rid(),
+            check_name("model", model),
+            routing.priority,
+            routing.deadline_ms,
+            routing.affinity,
+            trace=routing.trace,
+            texts=texts,
+            params=build(EmbedParams, params, options),
+        )
+    )
+
+
+def count_tokens(model: str, prompt: str | Sequence[Turn], routing: Routing) -> CountTokens:
+    """The request for the length of a prompt or conversation."""
+    text, turns, ids = _split(prompt)
+    if ids is not None:
+        raise _invalid("prompt", prompt, "a text or messages; token ids are counted already")
+    name = check_name("model", model)
+    return checked(CountTokens(new_rid(), name, deadline_ms=routing.deadline_ms, prompt=text, messages=turns))
+
+
+def model_details(model: str, routing: Routing) -> ModelDetails:
+    """The request for a model's card, from one of its workers."""
+    return ModelDetails(new_rid(), check_name("model", model), deadline_ms=routing.deadline_ms)
+
+
+def drain(worker: str, grace_s: float | None) -> Drain:
+    """The request to let a worker finish and go."""
+    grace_ms = None if grace_s is None else math.ceil(check_duration("grace_s", grace_s) * 1000)
+    return Drain(new_rid(), check_name("worker", worker), grace_ms)
+
+
+def conversation(messages: Sequence[Turn]) -> list[ChatMessage]:
+    """Messages as the protocol says them. Keys other than role and content would change the answer, so they are not ignored."""
+    if isinstance(messages, str | bytes | Mapping):
+        raise _invalid("messages", messages, "a list of messages")
+    return [_turn(position, turn) for position, turn in enumerate(messages)]
+
+
+def check_name(what: str, name: object) -> str:
+    """`name`, if it can be a model's or worker's; InvalidParameter otherwise."""
+    if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
+        raise _invalid(what, name, f"a name of 1 to {MAX_NAME} characters")
+    return name
+
+
+def check_duration(what: str, seconds: object) -> float:
+    """`seconds`, if it is a time above zero that the protocol can say; InvalidParameter otherwise."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_DEADLINE_MS / 1000:
+        raise _invalid(what, seconds, "a number of seconds above 0")
+    return float(seconds)
+
+
+def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes | None]:
+    """The prompt in the field that is for its kind."""
+    if isinstance(prompt, str):
+        return prompt, None, None
+    if isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__len__"):
+        raise _invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
+    if len(prompt) == 0:
+        raise InvalidParameter("prompt is empty: there is nothing to answer", data={"parameter": "prompt"})
+    if isinstance(prompt[0], ChatMessage | Mapping):
+        return None, [_turn(position, turn) for position, turn in enumerate(prompt)], None
+    try:
+        return None, None, pack_ids(prompt)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        raise _invalid("prompt", prompt, "a text, a list of messages, or a list of token ids from 0 to 2**32 - 1") from None
+
+
+def _turn(position: int, turn: object) -> ChatMessage:
+    where = f"messages[{position}]"
+    if isinstance(turn, Mapping):
+        if set(turn) != {"role", "content"}:
+            raise _invalid(where, dict(turn), "a mapping of role and content, and nothing else")
+        turn = ChatMessage(turn["role"], turn["content"])
+    if not isinstance(turn, ChatMessage):
+        raise _invalid(where, turn, "a ChatMessage or a mapping of role and content")
+    check_name(f"{where}.role", turn.role)
+    if not isinstance(turn.content, str):
+        raise _invalid(f"{where}.content", turn.content, "a text")
+    return turn
+
+
+def _invalid(name: str, value: object, expected: str) -> InvalidParameter:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:97] + "..."
+    return InvalidParameter(f"{name} must be {expected}, got {shown}", data={"parameter": name, "value": shown})

@@ -1,0 +1,189 @@
+"""The only place where socket options are set, each with its reason.
+
+No socket ever gets an identity: a second DEALER with the same one is mute, without an error. Names travel in messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import resource
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import zmq
+
+from .errors import BindFailed, InvalidEndpoint
+
+MAX_IPC_PATH = 107
+"""Bytes of a unix socket's path (sockaddr_un), less the closing zero."""
+
+NOBLOCK = int(zmq.NOBLOCK)
+SNDMORE = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
+"""Flags as plain integers: an `or` of the enum's members costs twice a whole send. SNDMORE never blocks either."""
+
+_TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[^:/\s\[\]]+):(?P<port>\d+|\*)")
+
+
+@dataclass(frozen=True)
+class SocketLimits:
+    """`message_bytes`: a larger message drops its sender's connection. `pipe_messages`: a peer's queue inside libzmq,
+    each way; kept short, since what waits beyond it is counted in bytes by the outboxes."""
+
+    message_bytes: int = 64 * 2**20
+    pipe_messages: int = 512
+
+
+def check_endpoint(endpoint: str, *, bind: bool) -> str:
+    """The endpoint in the form that libzmq takes (port 0 becomes ``*``), or InvalidEndpoint that says what is wrong with it."""
+    if not endpoint.isprintable():
+        raise InvalidEndpoint(endpoint, "it holds a character that cannot be printed")
+    if endpoint.startswith("ipc://"):
+        path = endpoint[6:]
+        size = len(os.fsencode(path))
+        if not path:
+            raise InvalidEndpoint(endpoint, "an ipc endpoint needs a path, like ipc:///run/zmqserve/clients.ipc")
+        if path[0] in "@*":
+            raise InvalidEndpoint(endpoint, "the path must be a file's: abstract and wildcard ones have no permissions that protect them")
+        if bind and path[0] in "@*":
+            raise InvalidEndpoint(endpoint, "abstract and wildcard addresses cannot be protected: give a path")
+        if size > MAX_IPC_PATH:
+            raise InvalidEndpoint(endpoint, f"the path is {size} bytes long, a unix socket's may have {MAX_IPC_PATH}")
+        return endpoint
+    if endpoint.startswith("inproc://"):
+        if not endpoint[9:]:
+            raise InvalidEndpoint(endpoint, "an inproc endpoint needs a name, like inproc://clients")
+        return endpoint
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        raise InvalidEndpoint(endpoint, "expected tcp://HOST:PORT, ipc:///PATH or inproc://NAME")
+    port = match["port"]
+    if port in ("*", "0"):
+        if not bind:
+            raise InvalidEndpoint(endpoint, "a port to connect to must be a number from 1 to 65535")
+        return f"tcp://{match['host']}:*"
+    if int(port) > 65535:
+        raise InvalidEndpoint(endpoint, f"port {port} is over 65535")
+    return endpoint
+
+
+class Binding:
+    """One bound endpoint. `endpoint` is the real one: a chosen port is filled in."""
+
+    def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+        wanted = check_endpoint(endpoint, bind=True)
+        # A second bind of an ipc path succeeds silently and steals the first one's new peers: hold a lock beside it.
+        self._lock = _lock_ipc(endpoint) if wanted.startswith("ipc://") else None
+        # A socket with IPV6 set reports an IPv4 endpoint in its mapped form, so it is set only for what needs it.
+        socket.setsockopt(zmq.IPV6, int("[" in wanted))
+        try:
+            socket.bind(wanted)
+        except zmq.ZMQError as error:
+            self.release()
+            raise BindFailed(endpoint, error.strerror or str(error), error.errno) from None
+        last = socket.getsockopt(zmq.LAST_ENDPOINT)
+        self.endpoint = last.rstrip(b"\0").decode() if wanted.startswith("tcp://") and isinstance(last, bytes) else endpoint
+        if wanted.startswith("ipc://"):
+            os.chmod(wanted[6:], 0o600)
+
+    def __repr__(self) -> str:
+        return f"Binding({self.endpoint!r})"
+
+    def release(self) -> None:
+        """Let others bind an ipc path again; the socket is closed by its owner."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock_ipc(endpoint: str) -> int:
+    path = endpoint[6:]
+    parent = os.path.dirname(path) or "."
+    lock = None
+    try:
+        os.makedirs(parent, mode=0o700, exist_ok=True)
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # libzmq removes whatever lies at the path, a user's file too.
+        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket")
+    except OSError as error:
+        if lock is not None:
+            os.close(lock)
+        why = "another process has it bound" if isinstance(error, BlockingIOError) else error.strerror or str(error)
+        raise BindFailed(endpoint, why, error.errno) from None
+    return lock
+
+
+def router(context: zmq.Context[zmq.Socket[bytes]], limits: SocketLimits) -> zmq.Socket[bytes]:
+    """A controller's socket, for clients or for workers."""
+    socket = context.socket(zmq.ROUTER)
+    # The default ROUTER drops what it cannot route, silently. With this a send says EHOSTUNREACH or EAGAIN.
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    # A connection that does not finish its handshake holds a descriptor. At libzmq's 30 s a few hundred silent ones
+    # keep a ROUTER busy and deaf to newcomers.
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
+    socket.setsockopt(zmq.BACKLOG, 1024)
+    _common(socket, limits)
+    return socket
+
+
+def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, limits: SocketLimits, *, immediate: bool) -> zmq.Socket[bytes]:
+    """A client's or worker's socket, connected to one controller: one with two endpoints would spread messages round-robin.
+
+    `immediate`: without a connection `send` says EAGAIN, instead of keeping heartbeats for later to arrive all at once.
+    """
+    wanted = check_endpoint(endpoint, bind=False)
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IPV6, 1)  # names may resolve to either family
+    socket.setsockopt(zmq.IMMEDIATE, int(immediate))
+    # Back within a second of the controller's return, however long it was away.
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    # A host that swallows packets is tried anew long before the kernel's own minutes are over.
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, 5000)
+    _common(socket, limits)
+    try:
+        socket.connect(wanted)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise InvalidEndpoint(endpoint, error.strerror or str(error)) from None
+    return socket
+
+
+def _common(socket: zmq.Socket[bytes], limits: SocketLimits) -> None:
+    # Closing never waits for a peer that does not read.
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, limits.pipe_messages)
+    socket.setsockopt(zmq.RCVHWM, limits.pipe_messages)
+    socket.setsockopt(zmq.MAXMSGSIZE, limits.message_bytes)
+    # ZMTP's own heartbeats find half-open tcp connections; the protocol's find hung programs.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+
+
+def raw_calls(socket: zmq.Socket[bytes], compiled: bool = True) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`recv(flags, copy)` and `send(data, flags)` for one frame, without the checks that `zmq.Socket` wraps around them.
+
+    With `compiled` false, or where pyzmq has no such class, the wrapped ones, which do the same.
+    """
+    base = getattr(zmq.backend, "Socket", None)
+    if compiled and isinstance(base, type) and isinstance(socket, base):
+        plain = cast("Any", base)
+        return partial(plain.recv, socket), partial(plain.send, socket)
+    return socket.recv, socket.send
+
+
+def raise_descriptor_limit() -> int:
+    """Take all file descriptors that the system allows (one per peer is needed); returns the limit in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft

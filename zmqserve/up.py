@@ -1,0 +1,158 @@
+"""`zmqserve up`: a controller in this process and its workers beside it, kept running until Ctrl-C drains them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from random import Random
+from types import FrameType
+
+from . import logs
+from .config import load_config
+from .controller import Controller
+from .errors import InvalidParameter
+from .liveness import Backoff
+from .logs import Logger
+
+LOOK_S = 0.2
+STEADY_S = 30.0
+"""A worker that ran for so long is restarted at once when it dies; one that dies young waits longer each time."""
+MOST_YOUNG_DEATHS = 3
+"""Deaths in a row before it ran steadily that end it all: something is wrong that a restart does not mend."""
+
+
+class Replica:
+    """One worker process and its restarts."""
+
+    def __init__(self, number: int, command: list[str], environment: dict[str, str]) -> None:
+        self.number = number
+        self._command = command
+        self._environment = environment
+        self._backoff = Backoff(1.0, 30.0, Random())
+        self._young_deaths = 0
+        self._started_s = 0.0
+        self._start_at_s = 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"Replica({self.number}, {self.process!r})"
+
+    def keep_running(self, now: float) -> int | None:
+        """Start it when it is due; returns an exit code when it should not be started again."""
+        if self.process is None:
+            if now >= self._start_at_s:
+                self._started_s = now
+                # A group of its own: Ctrl-C reaches this process alone, which drains the worker.
+                self.process = subprocess.Popen(self._command, env=self._environment, process_group=0)
+            return None
+        code = self.process.poll()
+        if code is None:
+            return None
+        self.process = None
+        if code == 0:
+            return 0
+        if now - self._started_s >= STEADY_S:
+            self._backoff.reset()
+            self._young_deaths = 0
+        self._young_deaths += 1
+        if self._young_deaths >= MOST_YOUNG_DEATHS or code == 2:
+            return code
+        wait_s = self._backoff.next_s()
+        self._start_at_s = now + wait_s
+        Logger("zmqserve.up").warning("worker died", replica=self.number, exit_code=code, restart_in_s=round(wait_s, 1))
+        return None
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command."""
+    logs.configure(args.log_level, args.log_json)
+    gpus = _gpus(args.gpus)
+    count = args.replicas or max(1, len(gpus))
+    controller = Controller(load_config(None, clients=args.clients, workers=args.workers, dispatch=args.dispatch))
+    stopping, hurry = threading.Event(), threading.Event()
+    log = Logger("zmqserve.up")
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():
+            hurry.set()
+        stopping.set()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    with controller:
+        replicas = [Replica(n, _command(args, controller.worker_endpoints[0]), worker_environment(count, gpus, n)) for n in range(count)]
+        failed = 0
+        while not stopping.is_set():
+            now = time.monotonic()
+            ended = [code for replica in replicas if (code := replica.keep_running(now)) is not None]
+            if ended:
+                failed = max(ended, key=abs)
+                log.error("a worker ended: stopping the others", exit_code=failed)
+                break
+            stopping.wait(LOOK_S)
+        _stop_all(replicas, args.grace, hurry)
+    return 1 if failed else 0
+
+
+def _stop_all(replicas: list[Replica], grace_s: float, hurry: threading.Event) -> None:
+    """Drain the workers; kill what is still there after the grace time, or at the second Ctrl-C."""
+    running = [replica.process for replica in replicas if replica.process is not None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    until_s = time.monotonic() + grace_s + 5.0
+    for process in running:
+        while process.poll() is None and not hurry.is_set() and time.monotonic() < until_s:
+            hurry.wait(0.05)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _command(args: argparse.Namespace, endpoint: str) -> list[str]:
+    """The same arguments for `zmqserve worker`, less those that only `up` has."""
+    kept: list[str] = []
+    skip = False
+    own = ("--replicas", "--gpus", "--clients", "--workers", "--dispatch")
+    for argument in args.arguments[1:]:
+        if skip:
+            skip = False
+        elif argument in own:
+            skip = True
+        elif not argument.startswith(tuple(f"{name}=" for name in own)):
+            kept.append(argument)
+    return [sys.executable, "-m", "zmqserve", "worker", *kept, "--controller", endpoint, "--exit-with-parent"]
+
+
+def worker_environment(replicas: int, gpus: Sequence[str] = (), number: int = 0) -> dict[str, str]:
+    """This process's environment, with one of the GPUs and a share of the cores: torch's threads spin while they wait."""
+    environment = dict(os.environ)
+    if replicas > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // replicas)))
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return environment
+
+
+def _gpus(text: str | None) -> list[str]:
+    gpus = [part.strip() for part in text.split(",")] if text else []
+    if not all(gpus):
+        raise InvalidParameter(f"--gpus must be numbers separated by commas, like 0,1: got {text!r}", data={"parameter": "gpus"})
+    return gpus
+
+
+def exit_with_parent() -> None:
+    """Leave when the process that started this one dies, however it dies: a killed `up` must not leave workers behind."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="zmqserve-parent-watch", daemon=True).start()
