@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ LEAVE_S = 5.0
 _KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
 _KEPT_PROCESSES = ("resource_tracker", "forkserver")
 """Parts of names: those that a library starts once for the life of the process."""
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt: a shell starts background jobs with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

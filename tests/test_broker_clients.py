@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
-import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 
 from zmqserve import errors
 from zmqserve import messages as m
@@ -155,8 +151,9 @@ def test_a_slow_client_may_come_again_on_its_connection() -> None:
 
 @pytest.mark.parametrize("started", [True, False])
 @pytest.mark.parametrize("first", ["worker", "client"])
-def test_a_client_and_its_worker_may_go_at_the_same_time(first: str, started: bool) -> None:
-    network = Network(max_attempts=1)
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_client_and_its_worker_may_go_at_the_same_time(first: str, started: bool, attempts: int) -> None:
+    network = Network(max_attempts=attempts)
     client, worker = network.client(), network.worker(slots=2)
     for rid in (1, 2, 3):
         client.generate(rid)
@@ -170,6 +167,48 @@ def test_a_client_and_its_worker_may_go_at_the_same_time(first: str, started: bo
     network.advance(11.0)
     network.assert_clean()
     assert len(network.ends()) == 3
+
+
+def test_a_lost_request_whose_client_is_found_gone_meanwhile_goes_to_no_other_worker() -> None:
+    network = Network()
+    client, one = network.client(), network.worker("one", slots=2)
+    client.generate(1)
+    client.generate(2)
+    one.task(2).first()
+    two = network.worker("two", slots=2)
+    network.gone.add(client.envelope[0])
+    one.say(m.BYE)
+    assert two.tasks == []
+    network.assert_clean()
+
+
+def test_a_client_may_be_found_gone_while_its_lost_requests_look_for_another_worker() -> None:
+    network = Network()
+    client = network.client()
+    one = network.worker("one", slots=2)
+    client.request(m.Embed(1, "m", texts=["a"]))
+    client.generate(2)
+    two = network.worker("two", card(verbs=["generate"]), slots=2)
+    client.generate(3)
+    two.task(3).first()
+    network.gone |= {client.envelope[0], two.identity}
+    one.say(m.BYE)
+    assert len(network.ends()) == 3
+    network.assert_clean()
+
+
+def test_a_slow_client_is_told_of_every_request_though_its_worker_is_found_gone_meanwhile() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=3)
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    worker.task(2).first()
+    task = worker.task(3)
+    network.full.add(client.envelope[0])
+    network.gone.add(worker.identity)
+    task.first()
+    assert [client.error(rid).code for rid in (1, 2, 3)] == [errors.SlowConsumer.code] * 3
+    network.assert_clean()
 
 
 def test_a_vanished_client_is_found_when_its_waiting_request_is_cancelled() -> None:
@@ -286,68 +325,3 @@ def test_shutting_down_ends_every_request_and_lets_workers_go_on() -> None:
     assert worker.task(1).cancelled
     worker.task(1).done("cancelled")
     network.assert_clean()
-
-
-# --- garbage
-
-
-@pytest.mark.parametrize(
-    ("payload", "rid"),
-    [
-        (b"", 0),
-        (b"\xc1", 0),
-        (b"hello", 0),
-        (b"\x91" * 100_000, 0),
-        (m.encode([2, 7]), 7),
-        (m.encode([2, 7, ""]), 7),
-        (m.encode([2, 7, "m", 1000]), 7),
-        (m.encode([2, -7, "m"]), 0),
-        (m.encode([2, 2**64 - 1, "m"]), 0),
-        (m.encode([99, 7]), 7),
-        (m.encode([9]), 0),
-        (m.encode([10, 0, []]), 0),
-        (m.encode({"rid": 1}), 0),
-        (b"\x93\x02\x07\xa1\xff", 7),
-        (m.encode([2, 7, "m", 0, None, None, 0, None, None]) + b"x", 0),
-    ],
-)
-def test_what_is_no_message_is_answered_with_an_error_that_names_the_rid_if_it_can(payload: bytes, rid: int) -> None:
-    network = Network()
-    client = network.client()
-    network.worker()
-    client.send(payload)
-    (error,) = client.got
-    assert (type(error), error.rid, error.retryable) == (m.Error, rid, False)
-    network.assert_clean()
-
-
-@hypothesis_settings(max_examples=1000)
-@given(
-    st.one_of(
-        st.binary(max_size=200),
-        st.lists(st.one_of(st.integers(-5, 110), st.text(max_size=5), st.none(), st.binary(max_size=5), st.floats()), max_size=12).map(
-            m.encode
-        ),
-        st.tuples(st.integers(0, 40), st.binary(max_size=30)).map(lambda pair: b"\x9b" + bytes([pair[0]]) + pair[1]),
-    )
-)
-def test_no_bytes_at_all_make_the_broker_raise(data: bytes) -> None:
-    network = Network()
-    client, worker = network.client(), network.worker()
-    client.send(data)
-    network.broker.from_worker(network.now, worker.identity, data, data)
-    network.broker.from_worker(network.now, b"\0strange", data, data, certain=False)
-    worker.say(m.READY, data, epoch=0)
-    worker.say(m.LOAD, data)
-    network.check()
-
-
-def test_a_message_cut_anywhere_is_an_error_or_nothing() -> None:
-    network = Network()
-    client = network.client()
-    network.worker()
-    whole = m.encode(m.Generate(7, "m", prompt="hello", affinity="k", trace="t"))
-    for end in range(len(whole)):
-        client.send(whole[:end])
-    assert {type(message) for message in client.got} == {m.Error}
-    assert msgspec.msgpack.decode(whole, type=m.Generate).prompt == "hello"

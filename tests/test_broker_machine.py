@@ -14,7 +14,8 @@ from zmqserve import messages as m
 from zmqserve.errors import ZmqserveError
 from zmqserve.flight import Client
 
-from .fakes.network import Network, ScriptedClient, ScriptedWorker, Task, card
+from .fakes.network import Network, card
+from .fakes.scripted import ScriptedClient, ScriptedWorker, Task
 
 RIDS = 8
 OFFERS = (
@@ -165,7 +166,7 @@ class BrokerMachine(RuleBasedStateMachine):
             elif how == "does not read":
                 self.network.full ^= {worker.identity}
             elif how == "registers again":
-                told = [head.epoch for head, _ in worker.got if head.kind == m.REREGISTER]
+                told = worker.told()
                 worker.ready(worker.epoch if worker.is_registered() or not told else told[-1], state="ready", slots=slots)
             elif how == "says BYE":
                 worker.say(m.BYE)

@@ -139,6 +139,14 @@ def test_differing_verbs_narrow_the_choice() -> None:
     assert {pool.pick(Need("embed"), RANDOM) for _ in range(20)} == {one}
 
 
+def test_what_nobody_left_can_do_is_given_to_nobody() -> None:
+    known, one = registry(), worker("one", card(verbs=["embed"]))
+    known.add(one)
+    known.add(worker("two", card(verbs=["generate"])))
+    known.remove(one)
+    assert known.pools["m"].pick(Need("embed"), RANDOM) is None
+
+
 def test_a_heartbeat_tells_others_load() -> None:
     one = worker("one", slots=8)
     one.running = 2

@@ -164,7 +164,7 @@ class Broker:
             lost.retryable = False
             raise lost
         self.counters["requests"] += 1
-        self.flights.admit(known or self.flights.client_of(envelope), header, need, pool, payload, now)
+        self.flights.admit(known or self.flights.clients.of(envelope), header, need, pool, payload, now)
 
     def _cannot(self, pool: Pool, need: Need) -> None:
         if pool.state == "loading":
@@ -284,7 +284,7 @@ class Broker:
         elif head.kind == m.DRAINING:
             self.members.start_draining(worker)
         elif head.kind == m.BYE:
-            self.members.lose(worker, "it left", now)
+            self.members.lose(worker, "it left", now, clean=True)
         else:
             self.members.violation(now, identity, f"kind {head.kind} is not one that a worker sends")
 

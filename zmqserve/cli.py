@@ -17,6 +17,7 @@ from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
 from .controller import Controller
 from .dispatch import POLICIES
 from .errors import ConnectionFailed, InvalidParameter, RequestError, ZmqserveError
+from .params import SamplingParams, build
 from .worker import BaseModelWorker, WorkerConfig
 
 if TYPE_CHECKING:
@@ -94,14 +95,11 @@ def worker(args: argparse.Namespace) -> int:
 def ask(args: argparse.Namespace) -> int:
     """Stream an answer to the terminal."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    options = {"max_tokens": args.max_tokens, "seed": args.seed}
-    if args.temperature is not None:
-        options["temperature"] = args.temperature
-    if args.stop:
-        options["stop"] = args.stop
+    given = {"max_tokens": args.max_tokens, "seed": args.seed, "temperature": args.temperature, "stop": args.stop}
+    params = build(SamplingParams, None, {name: value for name, value in given.items() if value is not None})
     with _client(args) as client:
         asked = prompt if args.raw or not _can_chat(client, args.model) else [{"role": "user", "content": prompt}]
-        with client.generate(args.model, asked, timeout_s=args.timeout, **options) as stream:
+        with client.generate(args.model, asked, params=params) as stream:
             for chunk in stream:
                 print(chunk.text, end="", flush=True)
         print()
@@ -120,7 +118,7 @@ def _can_chat(client: Client, name: str) -> bool:
 def embed(args: argparse.Namespace) -> int:
     """Print one JSON array of numbers per text."""
     with _client(args) as client:
-        for vector in client.embed(args.model, args.texts, timeout_s=args.timeout):
+        for vector in client.embed(args.model, args.texts):
             print("[" + ", ".join(f"{number:.8g}" for number in vector) + "]")
     return 0
 
@@ -195,7 +193,7 @@ def figures(completion: object) -> str:
 def _client(args: argparse.Namespace) -> Client:
     from .client import Client
 
-    return Client(args.controller) if args.controller else Client()
+    return Client(args.controller, timeout_s=args.timeout, connect_timeout_s=args.connect_timeout)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -305,6 +303,9 @@ def _client_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="ENDPOINT",
         help=f"the controller's client side; may be repeated (default {CLIENT_ENDPOINT})",
+    )
+    parser.add_argument(
+        "--connect-timeout", type=float, default=0.5, metavar="S", help="what each controller may take to answer (default 0.5)"
     )
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after so many seconds")
 

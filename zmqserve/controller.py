@@ -28,6 +28,7 @@ log = Logger("zmqserve.controller")
 DRAIN = 256
 """Messages read from one socket before the other gets its turn. One a poll would be 2.6 times slower than 64."""
 MOST_POLL_S = 0.25
+"""The longest sleep, less with a short ttl: the broker takes a longer gap than half a ttl for a pause of the process."""
 FAREWELL_MS = 200
 """What the last messages (GoAway, errors) get to leave when the controller stops."""
 
@@ -53,13 +54,21 @@ class Controller:
         self.worker_endpoints: list[str] = []
         self._own_context = context is None
         self._context = context
-        self._report = report or _log
+        self._reporter = report or _log
         self._bindings: list[Binding] = []
         self._relay: Relay | None = None
         self._thread: threading.Thread | None = None
         self._stopping = self._running = False
         self._wake_r, self._wake_w = -1, -1
         self._wake_lock = threading.RLock()  # a signal handler may call `stop` in the thread that has it
+
+    def _report(self, event: str, **fields: object) -> None:
+        """Log a line. A log that cannot be written (a full disk, a closed pipe) must not end the controller."""
+        try:
+            self._reporter(event, **fields)
+        except Exception:  # noqa: BLE001 - whatever a caller's function raises
+            if self._relay is not None:
+                self._relay.broker.counters["log lines lost"] += 1
 
     def __repr__(self) -> str:
         return f"Controller({self.id!r}, clients={self.client_endpoints}, workers={self.worker_endpoints})"
@@ -91,7 +100,7 @@ class Controller:
                 for endpoint in endpoints:
                     self._bindings.append(Binding(socket, endpoint))
                     bound.append(self._bindings[-1].endpoint)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever a caller's function raises
             self._close(sockets)
             raise
         clients, workers = (Port(socket, config.outbox_bytes) for socket in sockets)
@@ -154,6 +163,7 @@ class Controller:
     def _loop(self, relay: Relay) -> None:
         broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket
         pollin = int(zmq.POLLIN)
+        most_poll_s = min(MOST_POLL_S, self.config.ttl_s / 6)
         watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (self._wake_r, pollin)]
         while not self._stopping:
             now = time.monotonic()
@@ -162,7 +172,7 @@ class Controller:
             if relay.clients.outboxes or relay.workers.outboxes:
                 relay.flush(now)
                 retry_s = relay.next_s()
-            next_s = min(when_s for when_s in (now + MOST_POLL_S, due_s, retry_s) if when_s is not None)
+            next_s = min(when_s for when_s in (now + most_poll_s, due_s, retry_s) if when_s is not None)
             ready = dict(zmq.zmq_poll(watched, max(0, ceil((next_s - now) * 1000))))
             now = time.monotonic()
             if workers in ready:

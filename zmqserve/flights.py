@@ -12,6 +12,7 @@ from collections.abc import Callable
 from random import Random
 
 from . import messages as m
+from .clients import Clients
 from .config import ControllerConfig
 from .errors import DeadlineExceeded, NoWorker, Overloaded, SlowConsumer, WorkerLost, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
@@ -40,14 +41,12 @@ class Flights:
         self.config = config
         self.registry = registry
         self.agenda = agenda
-        self.clients: dict[Envelope, Client] = {}
+        self.clients = Clients()
         self.routes: dict[bytes, Route] = {}
         self.counters: Counter[str] = Counter()
         self.running = 0
-        self._connections: dict[bytes, dict[int, Client]] = {}
         self._homeless: deque[Flight] = deque()
         self._placing = False
-        self._numbers = 0
         self._send_client, self._send_worker = send_client, send_worker
         self._lose, self._report, self._random = lose, report, random
 
@@ -66,7 +65,7 @@ class Flights:
 
     def connection_failed(self, connection: bytes, status: int, now: float) -> None:
         """A send to this connection was GONE or FULL: let go of every client behind it."""
-        for client in list(self._connections.get(connection, {}).values()):
+        for client in self.clients.behind(connection):
             if status == FULL:
                 limit = self.config.outbox_bytes
                 error = SlowConsumer(
@@ -82,20 +81,11 @@ class Flights:
             return
         client.gone = True
         self.counters[f"clients: {why}"] += 1
-        self._forget(client)
+        self.clients.forget(client)
         for flight in list(client.flights.values()):
-            if error is not None and flight.open:
+            if error is not None:
                 self._send_client(client.envelope, error_message(flight.rid, error))
             self.cancel(flight, now, why)
-
-    def client_of(self, envelope: Envelope) -> Client:
-        """The client with this envelope, known or new."""
-        client = self.clients.get(envelope)
-        if client is None:
-            self._numbers += 1
-            client = self.clients[envelope] = Client(envelope, self._numbers)
-            self._connections.setdefault(envelope[0], {})[client.number] = client
-        return client
 
     # --- admit and dispatch
 
@@ -251,11 +241,14 @@ class Flights:
         else:
             self.settle(flight, now, outcome, m.encode(m.Done(flight.rid, 0, ["cancelled"], m.Usage(0, 0), m.Timings(""))))
 
-    def give_up_worker(self, worker: Worker, why: str, now: float) -> None:
-        """The registry has forgotten this worker: its unstarted flights go elsewhere, the others end as WorkerLost."""
+    def give_up_worker(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
+        """The registry has forgotten this worker: its unstarted flights go elsewhere, the others end as WorkerLost.
+
+        One that left of its own will (`clean`) was not killed by what it ran: that costs no attempt.
+        """
         for flight in list(worker.flights.values()):
             self._release(flight)
-            flight.attempts += 1
+            flight.attempts += not clean
             flight.avoid = flight.avoid | {worker.name}
             if flight.cancel_timer is not None:
                 flight.cancel_timer.cancel()
@@ -361,19 +354,7 @@ class Flights:
 
     def _forget_idle(self, client: Client) -> None:
         if not client.flights and not client.gone:
-            self._forget(client)
-
-    def _forget(self, client: Client) -> None:
-        if client.timer is not None:
-            client.timer.cancel()
-            client.timer = None
-        if self.clients.get(client.envelope) is client:
-            del self.clients[client.envelope]
-        neighbours = self._connections.get(client.envelope[0])
-        if neighbours is not None:
-            neighbours.pop(client.number, None)
-            if not neighbours:
-                del self._connections[client.envelope[0]]
+            self.clients.forget(client)
 
 
 def error_message(rid: int, error: ZmqserveError) -> bytes:

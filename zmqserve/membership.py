@@ -57,7 +57,7 @@ class Membership:
             return
         again = self.registry.workers.get(identity)
         if again is not None:
-            self.lose(again, "it registered again", now, quiet=True)
+            self.lose(again, "it registered again", now, clean=True)
         worker = Worker(identity, ready, self._new_epoch(), now)
         welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version)
         if self._send_worker(identity, m.encode(m.ControllerHead(m.WELCOME, worker.epoch)), m.encode(welcome)) != SENT:
@@ -172,15 +172,14 @@ class Membership:
         self.lose(worker, why, now)
         self.tell_to_register(now, worker.identity)
 
-    def lose(self, worker: Worker, why: str, now: float, quiet: bool = False) -> None:
-        """Forget a worker and move or end its flights. Harmless when it is forgotten already."""
+    def lose(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
+        """Forget a worker and move or end its flights; `clean`: it left of its own will. Harmless when it is forgotten already."""
         if self.registry.workers.get(worker.identity) is not worker:
             return
         pools = self.registry.remove(worker)
-        if not quiet:
-            self.counters["workers lost"] += 1
-            self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
-        self.flights.give_up_worker(worker, why, now)
+        self.counters["workers left" if clean else "workers lost"] += 1
+        self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
+        self.flights.give_up_worker(worker, why, now, clean=clean)
         for pool in pools:
             self._look_after(pool, now)
 

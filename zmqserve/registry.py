@@ -121,7 +121,7 @@ class Pool:
         self.running = 0
         self.orphan_timer: Timer | None = None
         self._affinity: Affinity[Worker] | None = None
-        self._uniform = True
+        self._verbs: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Pool({self.model!r}, {len(self.workers)} workers, {len(self.waiting)} waiting)"
@@ -164,7 +164,7 @@ class Pool:
     def pick(self, need: Need, random: Random, affinity: str | None = None, avoid: frozenset[str] = frozenset()) -> Worker | None:
         """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
         allowed: Allowed[Worker] = None
-        if not self._uniform or need.fingerprint is not None:
+        if need.verb not in self._verbs or need.fingerprint is not None:
             allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
         if avoid:
             worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
@@ -185,8 +185,8 @@ class Pool:
         return random.choice(fitting) if fitting else None
 
     def _members_changed(self) -> None:
-        cards = {(tuple(worker.cards[self.model].verbs)) for worker in self.workers.values() if not worker.loading}
-        self._uniform = len(cards) <= 1
+        offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not worker.loading]
+        self._verbs = frozenset.intersection(*offers) if offers else frozenset()  # what any of them can do needs no check
         if self.workers:
             self.card = min(self.workers.values(), key=lambda worker: worker.loading).cards[self.model]
             self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)

@@ -186,15 +186,18 @@ class Relay:
         while self.workers.socket.getsockopt(zmq.RCVMORE):
             frames.append(self.workers.recv(NOBLOCK))
         guilty: bytes | None = None
-        if unsure is not None:
-            if unsure[1] in broker.registry.workers:  # what was taken for its payload is the next message's routing id
-                guilty = unsure[0]
-                frames.insert(0, unsure[1])
-            elif not _is_routing_id(frames[0]):
-                guilty = unsure[0]
-        elif len(frames) != 3:
-            guilty = frames[0]
-        for message in self._messages_in(frames):
+        if unsure is not None and unsure[1] in broker.registry.workers:
+            guilty = unsure[0]  # what was taken for its payload is the next message's routing id
+            frames.insert(0, unsure[1])
+        messages = list(self._messages_in(frames))
+        if unsure is None:
+            if len(frames) != 3:
+                guilty = frames[0]
+        elif not _is_routing_id(frames[0]) and (len(frames) == 1 or (messages and _is_routing_id(messages[0][0]))):
+            # Frames of the last message lie before the next one, or there is none. A peer that chose its own routing id
+            # cannot make this up to have another fenced: it knows neither the ids that libzmq gives nor others' epochs.
+            guilty = unsure[0]
+        for message in messages:
             broker.from_worker(now, *message)
         if guilty is not None:
             broker.members.violation(now, guilty, "its message had not exactly two frames")

@@ -51,8 +51,6 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
             raise InvalidEndpoint(endpoint, "an ipc endpoint needs a path, like ipc:///run/zmqserve/clients.ipc")
         if path[0] in "@*":
             raise InvalidEndpoint(endpoint, "the path must be a file's: abstract and wildcard ones have no permissions that protect them")
-        if bind and path[0] in "@*":
-            raise InvalidEndpoint(endpoint, "abstract and wildcard addresses cannot be protected: give a path")
         if size > MAX_IPC_PATH:
             raise InvalidEndpoint(endpoint, f"the path is {size} bytes long, a unix socket's may have {MAX_IPC_PATH}")
         return endpoint

@@ -16,6 +16,8 @@ from zmqserve.flight import Envelope, Flight
 from zmqserve.flights import FULL, GONE, SENT
 from zmqserve.registry import Worker
 
+from .scripted import ScriptedClient, ScriptedWorker
+
 STEP_S = 0.25
 """The longest that a controller sleeps."""
 VERBS = ["generate", "chat", "embed", "count_tokens", "model_details"]
@@ -149,7 +151,7 @@ class Network:
             assert client.timer is not None
             assert client.timer.action is not None
             waiting += [flight for flight in client.flights.values() if flight.worker is None]
-        by_connection = {(number, client) for group in flights._connections.values() for number, client in group.items()}
+        by_connection = {(number, client) for group in flights.clients._connections.values() for number, client in group.items()}
         assert by_connection == {(client.number, client) for client in flights.clients.values()}
         assert all(flight.waiting and flight.open for flight in waiting)
         for flight in running:
@@ -181,6 +183,7 @@ class Network:
         assert self.broker.registry.by_name[worker.name] is worker
         for (number, rid), flight in worker.flights.items():
             assert flight.worker is worker
+            assert flight.need.met_by(worker.cards[flight.pool.model])
             assert (flight.client.number, flight.rid) == (number, rid)
         for pool in worker.pools:
             assert pool.workers[worker.identity] is worker
@@ -198,174 +201,3 @@ class Network:
             for rid in client.asked:
                 ends = client.ends(rid)
                 assert len(ends) == client.asked[rid] or client.envelope[0] in self.gone, f"rid {rid} ended with {ends}"
-
-
-class ScriptedClient:
-    """Sends what it is told to, and keeps what comes."""
-
-    def __init__(self, network: Network, envelope: Envelope) -> None:
-        self.network = network
-        self.envelope = envelope
-        self.got: list[Any] = []
-        self.asked: Counter[int] = Counter()
-
-    def take(self, message: Any) -> None:
-        self.got.append(message)
-
-    def send(self, message: Any) -> None:
-        """Any message, or raw bytes."""
-        payload = message if isinstance(message, bytes) else m.encode(message)
-        self.network.broker.from_client(self.network.now, self.envelope, payload)
-
-    def generate(self, rid: int, model: str = "m", **fields: Any) -> None:
-        """Ask for an answer."""
-        self.request(m.Generate(rid, model, **{"prompt": "hello", **fields}))
-
-    def request(self, request: Any) -> None:
-        """Any request with a rid that must end once."""
-        self.asked[request.rid] += 1
-        self.send(request)
-
-    def cancel(self, rid: int) -> None:
-        self.send(m.Cancel(rid))
-
-    def ping(self, ttl_ms: int = 3000, rids: list[int] | None = None) -> m.Pong:
-        """Ping with these rids (those that are open); returns the answer."""
-        open_rids = [rid for rid in self.asked if len(self.ends(rid)) < self.asked[rid]]
-        self.send(m.Ping(ttl_ms, open_rids if rids is None else rids))
-        pong = self.got.pop()
-        assert isinstance(pong, m.Pong)
-        return pong
-
-    def ends(self, rid: int) -> list[Any]:
-        """What ended the request: not chunks."""
-        return [message for message in self.got if getattr(message, "rid", None) == rid and not isinstance(message, m.Chunk)]
-
-    def end(self, rid: int) -> Any:
-        """The one message that ended it."""
-        ends = self.ends(rid)
-        assert len(ends) == 1, f"rid {rid} ended with {ends}"
-        return ends[0]
-
-    def error(self, rid: int) -> m.Error:
-        """The one error that ended it."""
-        end = self.end(rid)
-        assert isinstance(end, m.Error), end
-        return end
-
-
-class Task:
-    """A request as its worker has it."""
-
-    def __init__(self, worker: ScriptedWorker, head: m.ControllerHead, payload: bytes) -> None:
-        self.worker, self.head, self.payload = worker, head, payload
-        self.rid, self.client = head.rid, head.client
-        self.seq = 0
-        self.cancelled = False
-
-    def _say(self, kind: int, payload: bytes, **fields: Any) -> None:
-        self.worker.say(kind, payload, epoch=self.head.epoch, client=self.client, rid=self.rid, **fields)
-
-    def _chunk(self, text: str) -> bytes:
-        self.seq += 1
-        return m.encode(m.Chunk(self.rid, self.seq - 1, 0, text, b""))
-
-    def first(self, text: str = "a") -> None:
-        self._say(m.FIRST, self._chunk(text))
-
-    def more(self, text: str = "b") -> None:
-        """A chunk that takes the relay's slow path through the broker."""
-        self.worker.say(m.MORE, self._chunk(text), epoch=self.head.epoch, client=self.client)
-
-    def done(self, outcome: str = "stop") -> None:
-        self.worker.forget(self)
-        done = m.Done(self.rid, self.seq, [outcome], m.Usage(1, self.seq), m.Timings(self.worker.name))
-        self._say(m.DONE, m.encode(done), outcome=outcome, prompt_tokens=1, completion_tokens=self.seq)
-
-    def failed(self, code: int = 50001) -> None:
-        self.worker.forget(self)
-        self._say(m.FAILED, m.encode(m.Error(self.rid, code, "it broke")), code=code)
-
-    def busy(self) -> None:
-        self.worker.forget(self)
-        self._say(m.BUSY, b"")
-
-
-class ScriptedWorker:
-    """Registers, keeps the requests that it gets in `tasks`, and answers them as it is told to."""
-
-    def __init__(self, network: Network, identity: bytes, name: str, cards: list[m.ModelCard], offer: dict[str, Any]) -> None:
-        self.network, self.identity, self.name, self.cards = network, identity, name, cards
-        self.offer = {"slots": 1, "speed": 1.0, "ttl_ms": 3000, "state": "ready", **offer}
-        self.epoch = 0
-        self.tasks: list[Task] = []
-        self.got: list[tuple[m.ControllerHead, bytes]] = []
-
-    def take(self, head: m.ControllerHead, payload: bytes) -> None:
-        self.got.append((head, payload))
-        if head.kind == m.WELCOME:
-            self.epoch = head.epoch
-            self.tasks.clear()
-        elif head.kind == m.REREGISTER:
-            self.tasks.clear()
-        elif head.kind == m.REQUEST:
-            self.tasks.append(Task(self, head, payload))
-        elif head.kind == m.CANCEL:
-            for task in self.tasks:
-                task.cancelled = task.cancelled or (task.client, task.rid) == (head.client, head.rid)
-
-    def say(self, kind: int, payload: bytes = b"", *, epoch: int | None = None, certain: bool = True, **fields: Any) -> None:
-        """Any message, with the present epoch."""
-        head = m.WorkerHead(kind, self.epoch if epoch is None else epoch, **fields)
-        self.network.broker.from_worker(self.network.now, self.identity, m.encode(head), payload, certain)
-
-    def ready(
-        self, epoch: int = 0, *, certain: bool = True, protocol: int = m.PROTOCOL, controllers: list[str] | None = None, **offer: Any
-    ) -> None:
-        """Register, with changes to what is offered."""
-        self.offer |= offer
-        fields = self.offer
-        ready = m.Ready(
-            protocol,
-            self.name,
-            "scripted",
-            fields["state"],
-            self.cards,
-            fields["slots"],
-            fields["speed"],
-            fields["ttl_ms"],
-            controllers or [],
-        )
-        self.say(m.READY, m.encode(ready), epoch=epoch, certain=certain)
-
-    def load(self, running: int | None = None, waiting: int = 0, yours: int | None = None, step_age_ms: float = 0.0) -> None:
-        """A heartbeat; by default what is true of a worker with one controller."""
-        own = len(self.tasks)
-        figures = m.Load(own if running is None else running, waiting, own if yours is None else yours, step_age_ms)
-        self.say(m.LOAD, m.encode(figures))
-
-    def kinds(self) -> list[int]:
-        """The kinds of all that came."""
-        return [head.kind for head, _ in self.got]
-
-    def task(self, rid: int) -> Task:
-        """The request with this rid that it has."""
-        return next(task for task in self.tasks if task.rid == rid)
-
-    def forget(self, task: Task) -> None:
-        if task in self.tasks:
-            self.tasks.remove(task)
-
-    @property
-    def seen(self) -> Worker:
-        """What the broker holds of it."""
-        return self.network.broker.registry.workers[self.identity]
-
-    def is_registered(self) -> bool:
-        """Whether the broker holds this very registration or a later one."""
-        return self.identity in self.network.broker.registry.workers
-
-    def die(self) -> None:
-        """The process is gone: the next send to it finds out."""
-        self.network.gone.add(self.identity)
-        self.tasks.clear()

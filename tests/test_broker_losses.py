@@ -1,0 +1,199 @@
+"""Workers in the Broker that are lost or drained, and what becomes of their requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from zmqserve import errors
+from zmqserve import messages as m
+
+from .fakes.network import Network, card
+
+
+@pytest.mark.parametrize(("dies", "attempts"), [(True, 1), (False, 0)])
+def test_what_had_not_begun_goes_to_another_worker_first(dies: bool, attempts: int) -> None:
+    """A worker that dies may have been killed by what it ran; one that says BYE was not, and costs no attempt."""
+    network = Network()
+    client = network.client()
+    one, two = network.worker("one", slots=4), network.worker("two", slots=4)
+    for rid in range(1, 5):
+        client.generate(rid)
+    lost = [task.rid for task in one.tasks]
+    if dies:
+        one.die()
+        network.advance(1.1)
+    else:
+        one.say(m.BYE)
+    assert sorted(task.rid for task in two.tasks) == [1, 2, 3, 4]
+    assert [two.task(rid).head.attempts for rid in lost] == [attempts] * len(lost)
+    again = network.worker("one", slots=4)
+    assert not again.tasks
+    for rid in range(1, 5):
+        two.task(rid).done()
+    network.assert_clean()
+    assert not any(isinstance(message, m.Error) for message in client.got)
+
+
+def test_a_lost_request_never_goes_to_a_worker_that_cannot_do_it() -> None:
+    network = Network(orphan_grace_s=5.0)
+    client, one = network.client(), network.worker("one", card(verbs=["embed"]))
+    client.request(m.Embed(1, "m", texts=["a"]))
+    two = network.worker("two", card(verbs=["generate"]))
+    one.say(m.BYE)
+    assert not two.tasks
+    network.beat_for(5.5, two)
+    assert client.error(1).code == errors.NoWorker.code
+    network.assert_clean()
+
+
+def test_a_worker_lost_first_is_used_again_when_it_is_the_only_one() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker("only")
+    client.generate(1)
+    first = worker.task(1)
+    worker.ready(worker.epoch)
+    assert worker.task(1) is not first
+    assert worker.task(1).head.attempts == 0
+
+
+def test_what_is_lost_unbegun_keeps_its_order_in_the_queue() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(slots=3)
+    for rid in range(1, 6):
+        client.generate(rid)
+    worker.say(m.BYE)
+    again = network.worker("again", slots=5)
+    assert [task.rid for task in again.tasks] == [1, 2, 3, 4, 5]
+
+
+def test_what_had_begun_ends_as_worker_lost_to_be_resumed() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    worker.task(1).first()
+    network.advance(3.5)
+    error = client.error(1)
+    assert (error.code, error.retryable, error.data) == (errors.WorkerLost.code, True, {"worker": "w", "attempts": 1})
+    network.advance(11.0)
+    network.assert_clean()
+    assert "m" not in network.broker.registry.pools
+
+
+@pytest.mark.parametrize("attempts", [0, 1])
+def test_a_request_that_has_lost_two_workers_is_not_given_to_a_third(attempts: int) -> None:
+    network = Network()
+    client = network.client()
+    workers = [network.worker(f"w{number}") for number in range(4)]
+    client.generate(1, attempts=attempts)
+    for _ in range(2 - attempts):
+        next(worker for worker in workers if worker.tasks).die()
+        for worker in workers:
+            worker.load()
+        network.beat_for(1.5, *[worker for worker in workers if worker.identity not in network.gone])
+    error = client.error(1)
+    assert (error.code, error.retryable, error.data["attempts"]) == (errors.WorkerLost.code, False, 2)
+    network.assert_clean()
+    client.generate(2, attempts=2)
+    assert client.error(2).retryable is False
+
+
+def test_requests_wait_for_a_worker_that_restarts() -> None:
+    network = Network(orphan_grace_s=5.0)
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    worker.say(m.BYE)
+    network.advance(4.0)
+    client.generate(2)
+    again = network.worker("again", slots=2)
+    network.beat_for(5.0, again)
+    assert client.got == []
+    for rid in (1, 2):
+        again.task(rid).done()
+    network.assert_clean()
+
+
+def test_requests_whose_model_nobody_serves_any_more_end_as_no_worker() -> None:
+    network = Network(orphan_grace_s=5.0)
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    client.generate(2)
+    worker.say(m.BYE)
+    network.advance(5.1)
+    assert [client.error(rid).code for rid in (1, 2)] == [errors.NoWorker.code] * 2
+    network.assert_clean()
+    client.generate(3)
+    assert client.error(3).code == errors.UnknownModel.code
+
+
+def test_a_resume_whose_last_equal_worker_goes_ends_although_others_serve_the_model() -> None:
+    network = Network(orphan_grace_s=5.0)
+    client = network.client()
+    one, two = network.worker("one", card(fingerprint="f1")), network.worker("two", card(fingerprint="f2"))
+    client.generate(1, fingerprint="f1")
+    client.generate(2, fingerprint="f1")
+    client.generate(3)
+    one.say(m.BYE)
+    network.beat_for(5.5, two)
+    assert [client.error(rid).code for rid in (1, 2)] == [errors.NoWorker.code] * 2
+    two.task(3).done()
+    network.assert_clean()
+    assert network.broker.registry.pools["m"].orphan_timer is None
+
+
+def test_what_waits_for_a_restart_ends_when_the_new_worker_cannot_do_it() -> None:
+    network = Network(orphan_grace_s=5.0)
+    client, worker = network.client(), network.worker()
+    worker.say(m.BYE)
+    client.request(m.Embed(1, "m", texts=["a"]))
+    other = network.worker("other", card(verbs=["generate"]))
+    network.beat_for(5.5, other)
+    assert client.error(1).code == errors.NoWorker.code
+    network.assert_clean()
+
+
+# --- draining
+
+
+def test_a_draining_worker_finishes_and_gets_nothing_new() -> None:
+    network = Network()
+    client, one = network.client(), network.worker("one")
+    client.generate(1)
+    client.send(m.Drain(50, "one", 1500))
+    assert client.got[-1] == m.DrainReply(50, "one", 1)
+    assert one.got[-1][0].deadline_ms == 1500
+    client.generate(2)
+    assert one.seen.state == "draining"
+    one.task(1).done()
+    assert not one.tasks
+    one.say(m.BYE)
+    two = network.worker("two")
+    two.task(2).done()
+    network.assert_clean()
+
+
+def test_a_worker_may_say_itself_that_it_drains() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    worker.say(m.DRAINING)
+    worker.say(m.DRAINING)
+    client.generate(1)
+    assert not worker.tasks
+    assert [report["event"] for report in network.reports].count("worker draining") == 1
+
+
+def test_draining_a_worker_that_is_not_there_names_those_that_are() -> None:
+    network = Network()
+    client = network.client()
+    network.worker("one")
+    client.send(m.Drain(50, "two"))
+    error = client.error(50)
+    assert (error.code, error.data["known"]) == (errors.InvalidParameter.code, ["one"])
+
+
+def test_draining_a_worker_that_is_gone_gives_it_up() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker("one")
+    worker.die()
+    client.send(m.Drain(50, "one"))
+    assert client.end(50) == m.DrainReply(50, "one", 0)
+    assert not worker.is_registered()

@@ -1,0 +1,107 @@
+"""What a full pipe does not take waits in order, up to a limit, and is counted beyond it."""
+
+from __future__ import annotations
+
+import zmq
+
+from zmqserve.flights import FULL, GONE, SENT
+
+from .fakes.rig import PATIENCE_MS, Peer, Rig
+
+
+def fill(rig: Rig, identity: bytes, size: int = 100) -> int:
+    """Send until the pipe is full and something waits; returns how many messages were taken."""
+    count = 0
+    while identity not in rig.clients.outboxes:
+        assert rig.clients.send(identity, b"%04d" % count + b"x" * size) == SENT
+        count += 1
+    return count
+
+
+def identity_of(rig: Rig, peer: Peer) -> bytes:
+    peer.send(b"who am I")
+    assert rig.clients.socket.poll(PATIENCE_MS)
+    identity: bytes = rig.clients.recv(int(zmq.NOBLOCK))
+    rig.clients.recv(int(zmq.NOBLOCK))
+    return identity
+
+
+def test_what_a_full_pipe_does_not_take_waits_in_order() -> None:
+    rig = Rig(pipe_messages=10)
+    try:
+        peer = rig.connect("clients", receives=10)
+        identity = identity_of(rig, peer)
+        count = fill(rig, identity)
+        assert rig.clients.send(identity, b"%04d" % count) == SENT
+        assert rig.clients.waiting_bytes == 5 + 104 + 5 + 4
+        assert rig.clients.next_s() == 0.0
+        assert rig.clients.flush(1.0) == []
+        due_s = rig.clients.next_s()
+        assert due_s is not None
+        assert due_s > 1.0
+        received = []
+        now = due_s
+        while rig.clients.outboxes or peer.socket.poll(0):
+            received += peer.got()
+            rig.clients.flush(now)
+            now += 1.0
+        assert [int(payload[:4]) for (payload,) in received] == list(range(count + 1))
+        assert (rig.clients.waiting_bytes, rig.clients.next_s(), repr(rig.clients)) == (0, None, "Port(0 outboxes, 0 dropped)")
+    finally:
+        rig.close()
+
+
+def test_an_outbox_says_full_beyond_its_limit_and_counts_what_it_drops_beyond_twice_that() -> None:
+    rig = Rig(pipe_messages=10, outbox_bytes=1000)
+    try:
+        identity = identity_of(rig, rig.connect("clients", receives=10))
+        fill(rig, identity, size=96)
+        said = [rig.clients.send(identity, b"x" * 100) for _ in range(40)]
+        assert said[:8] == [SENT] * 8
+        assert set(said[9:]) == {FULL}
+        assert rig.clients.waiting_bytes == 20 * 105  # the last of them was let in when 1995 waited
+        assert rig.clients.dropped == 40 - 19
+    finally:
+        rig.close()
+
+
+def test_a_peer_that_goes_takes_its_outbox_along() -> None:
+    rig = Rig(pipe_messages=10)
+    try:
+        peer = rig.connect("clients", receives=10)
+        identity = identity_of(rig, peer)
+        fill(rig, identity)
+        peer.socket.close(linger=0)
+        for _ in range(100):  # the end of an inproc pipe is a command that the ROUTER works off when it is used
+            gone = rig.clients.flush(rig.now)
+            if gone:
+                break
+            rig.now += 1.0
+            rig.clients.socket.poll(10)
+        assert gone == [identity]
+        assert rig.clients.waiting_bytes == 0
+        assert rig.clients.send(identity, b"x") == GONE
+    finally:
+        rig.close()
+
+
+def test_a_slow_reader_gets_everything_in_order_through_the_relay_or_is_told_that_it_did_not() -> None:
+    rig = Rig(pipe_messages=10, outbox_bytes=10**6)
+    try:
+        client, worker = rig.connect("clients", receives=10), rig.worker("w")
+        number = rig.flight(client, worker)
+        received: list[list[bytes]] = []
+        for turn in range(300):
+            worker.more(number, b"%d" % turn)
+            rig.pump()
+            rig.now += 1.0
+            if turn % 50 == 49:
+                received += client.got()
+                rig.relay.flush(rig.now)
+        while rig.clients.outboxes or client.socket.poll(0):
+            received += client.got()
+            rig.now += 1.0
+            rig.relay.flush(rig.now)
+        assert received == [[b"%d" % turn] for turn in range(300)]
+    finally:
+        rig.close()
