@@ -100,7 +100,7 @@ class Controller:
                 for endpoint in endpoints:
                     self._bindings.append(Binding(socket, endpoint))
                     bound.append(self._bindings[-1].endpoint)
-        except Exception:  # noqa: BLE001 - whatever a caller's function raises
+        except Exception:
             self._close(sockets)
             raise
         clients, workers = (Port(socket, config.outbox_bytes) for socket in sockets)
