@@ -211,12 +211,12 @@ class Hello(_Array, tag=1):
     client: Label = ""
 
 
-class Generate(_Array, tag=2):
-    """Ask for an answer. Exactly one of `prompt`, `messages` and `token_ids` is set.
+class _Request(_Array):
+    """The leading fields of every request that a worker answers, which are all that a controller reads of it.
 
     `priority`: lower is served first. `deadline_ms` counts from arrival. `affinity`: requests with one key keep one worker.
     `attempts`: workers already lost by this request. `fingerprint`: only models with this one may serve (resume).
-    `trace`: a W3C traceparent. `extra` is reserved and must be empty.
+    `trace`: a W3C traceparent.
     """
 
     rid: Rid
@@ -227,6 +227,11 @@ class Generate(_Array, tag=2):
     attempts: Count = 0
     fingerprint: Label | None = None
     trace: Label | None = None
+
+
+class Generate(_Request, tag=2):
+    """Ask for an answer. Exactly one of `prompt`, `messages` and `token_ids` is set; `extra` is reserved and must be empty."""
+
     stream: bool = True
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -236,48 +241,23 @@ class Generate(_Array, tag=2):
     extra: dict[str, msgspec.Raw] | None = None
 
 
-class Embed(_Array, tag=3):
+class Embed(_Request, tag=3):
     """Ask for one vector per text."""
 
-    rid: Rid
-    model: Name
-    priority: Priority = 0
-    deadline_ms: Millis | None = None
-    affinity: Label | None = None
-    attempts: Count = 0
-    fingerprint: Label | None = None
-    trace: Label | None = None
     texts: list[str] = []
     params: EmbedParams = EmbedParams()
     extra: dict[str, msgspec.Raw] | None = None
 
 
-class CountTokens(_Array, tag=4):
+class CountTokens(_Request, tag=4):
     """Ask how many tokens a prompt or conversation is, special tokens and chat template included."""
 
-    rid: Rid
-    model: Name
-    priority: Priority = 0
-    deadline_ms: Millis | None = None
-    affinity: Label | None = None
-    attempts: Count = 0
-    fingerprint: Label | None = None
-    trace: Label | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
 
 
-class ModelDetails(_Array, tag=5):
+class ModelDetails(_Request, tag=5):
     """Ask a worker of the model for its card."""
-
-    rid: Rid
-    model: Name
-    priority: Priority = 0
-    deadline_ms: Millis | None = None
-    affinity: Label | None = None
-    attempts: Count = 0
-    fingerprint: Label | None = None
-    trace: Label | None = None
 
 
 class ListModels(_Array, tag=6):
@@ -532,7 +512,7 @@ class Peek(_Array):
 
 
 class RequestHeader(_Array):
-    """What a controller reads of Generate, Embed, CountTokens and ModelDetails: their common leading fields."""
+    """What a controller reads of Generate, Embed, CountTokens and ModelDetails: the tag, then the fields of `_Request`."""
 
     tag: int
     rid: Rid
