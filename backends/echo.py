@@ -72,6 +72,7 @@ class EchoWorker(BaseModelWorker):
         self.context_length = context_length
         self.faults = faults
         self._running: dict[Job, Iterator[Sequence[Delta]]] = {}
+        self._scheduled = False
 
     @classmethod
     def add_arguments(cls, parser: argparse._ArgumentGroup) -> None:
@@ -119,7 +120,9 @@ class EchoWorker(BaseModelWorker):
         if self.delay_first_s or self.delay_per_token_s:
             super().begin(job)
             return
-        if not self._running:
+        # Not `if not self._running`: a step may be due although all its jobs were abandoned.
+        if not self._scheduled:
+            self._scheduled = True
             asyncio.get_running_loop().call_soon(self._step)
         self._running[job] = self._steps(job)
 
@@ -142,6 +145,7 @@ class EchoWorker(BaseModelWorker):
             except Exception as error:  # noqa: BLE001 - it belongs to this job
                 job.fail(error)
             del self._running[job]
+        self._scheduled = bool(self._running)
         loop = asyncio.get_running_loop()
         if idle and self._running:
             loop.call_later(CONGESTED_WAIT_S, self._step)

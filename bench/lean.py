@@ -39,6 +39,8 @@ def proxy(ready: Connection, transport: str, folder: str) -> None:
     """C `zmq.proxy` until the pipe says stop."""
     context = zmq.Context()
     front, back = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    for socket in (front, back):
+        socket.setsockopt(zmq.SNDHWM, 0)  # a ROUTER without ROUTER_MANDATORY drops what is beyond it, and the run would never end
     control = context.socket(zmq.PAIR)
     control.bind("inproc://control")
     bound = [Binding(socket, endpoint) for socket, endpoint in zip((front, back), _endpoints(transport, folder, "proxy"), strict=True)]

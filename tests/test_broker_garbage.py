@@ -73,3 +73,22 @@ def test_a_message_cut_anywhere_is_an_error_or_nothing() -> None:
         client.send(whole[:end])
     assert {type(message) for message in client.got} == {m.Error}
     assert msgspec.msgpack.decode(whole, type=m.Generate).prompt == "hello"
+
+
+def test_outcomes_that_a_worker_makes_up_are_counted_as_one() -> None:
+    """Counters are for good: what they are called must not be up to a peer."""
+    network = Network()
+    client, worker = network.client(), network.worker(slots=50)
+    for rid in range(1, 51):
+        client.generate(rid)
+        worker.task(rid).done(outcome=f"made up {rid}")
+    counters = network.broker.counters
+    assert counters["ended: other"] == 50
+    assert not any("made up" in name for name in counters)
+
+
+def test_a_ping_with_too_many_rids_is_refused_unread() -> None:
+    network = Network()
+    client = network.client()
+    client.send(m.encode((10, 3000, [1] * (m.MAX_PINGED + 1))))
+    assert "Ping.rids" in client.error(0).message

@@ -122,7 +122,7 @@ def test_requests_whose_model_nobody_serves_any_more_end_as_no_worker() -> None:
     assert [client.error(rid).code for rid in (1, 2)] == [errors.NoWorker.code] * 2
     network.assert_clean()
     client.generate(3)
-    assert client.error(3).code == errors.UnknownModel.code
+    assert client.error(3).code == errors.NoWorker.code
 
 
 def test_a_resume_whose_last_equal_worker_goes_ends_although_others_serve_the_model() -> None:

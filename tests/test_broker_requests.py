@@ -94,7 +94,8 @@ def test_an_unknown_model_is_named_beside_those_there_are() -> None:
     network = Network()
     client = network.client()
     client.generate(1, "nobody")
-    assert "no worker has registered yet" in client.error(1).message
+    none_yet = client.error(1)
+    assert (none_yet.code, none_yet.retryable, none_yet.retry_after_ms) == (errors.NoWorker.code, True, 1000)
     network.worker("a", card("m2"), card("m1"))
     client.generate(2, "nobody")
     error = client.error(2)

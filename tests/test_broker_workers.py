@@ -6,7 +6,6 @@ import pytest
 
 from zmqserve import errors
 from zmqserve import messages as m
-from zmqserve.membership import MAX_MODELS_PER_WORKER
 
 from .fakes.network import Network, card
 from .fakes.scripted import ScriptedWorker
@@ -57,8 +56,8 @@ def test_an_offer_that_cannot_be_taken_is_refused_for_good(offer: dict[str, obje
 
 def test_too_many_models_are_refused() -> None:
     network = Network()
-    worker = network.worker("w", *[card(f"m{number}") for number in range(MAX_MODELS_PER_WORKER + 1)])
-    assert "over the limit" in refusal(worker).why
+    worker = network.worker("w", *[card(f"m{number}") for number in range(m.MAX_MODELS + 1)])
+    assert refusal(worker).why == f"Ready.models: Expected `array` of length <= {m.MAX_MODELS}"
     assert not network.broker.registry.pools
 
 
@@ -209,6 +208,18 @@ def test_a_worker_whose_engine_hangs_gets_no_new_work_and_is_given_up_later() ->
     for rid in (1, 2):
         worker.task(rid).done()
     network.assert_clean()
+
+
+def test_a_hung_worker_that_registers_again_is_still_stalled() -> None:
+    """It was fenced, so nothing of what it hangs on is this controller's any more; it hangs all the same."""
+    network = Network(stall_s=10.0)
+    client, worker = network.client(), network.worker(slots=2)
+    worker.load(running=1, yours=0, step_age_ms=30_000)
+    assert worker.seen.state == "stalled"
+    client.generate(1)
+    assert not worker.tasks
+    worker.load(running=0, yours=0)
+    assert [task.rid for task in worker.tasks] == [1]
 
 
 def test_a_worker_that_steps_again_is_fed_at_once() -> None:

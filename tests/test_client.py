@@ -145,7 +145,7 @@ def test_embeddings_are_arrays(start: Start) -> None:
 def test_without_numpy_embed_says_what_to_install(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     broker, client = start()
     monkeypatch.setitem(sys.modules, "numpy", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install .*embeddings"):
+    with pytest.raises(errors.Unsupported, match=r"pip install .*embeddings"):
         client.embed("e", ["a"])
     assert broker.nothing_arrived()
 
@@ -162,6 +162,8 @@ def test_without_numpy_embed_says_what_to_install(start: Start, monkeypatch: pyt
         (lambda c: c.generate("m", [1, "a"]), "prompt"),
         (lambda c: c.generate("m", 5), "prompt"),
         (lambda c: c.generate("m", b"x"), "prompt"),
+        (lambda c: c.generate("m", {1}), "prompt"),
+        (lambda c: c.generate("m", {"role": "user"}), "prompt"),
         (lambda c: c.generate("m", "a\ud800"), "prompt"),
         (lambda c: c.generate("", "x"), "model"),
         (lambda c: c.generate("m" * 300, "x"), "model"),
@@ -172,12 +174,16 @@ def test_without_numpy_embed_says_what_to_install(start: Start, monkeypatch: pyt
         (lambda c: c.generate("m", "x", priority=101), "priority"),
         (lambda c: c.generate("m", "x", affinity="a" * 300), "affinity"),
         (lambda c: c.chat("m", "x"), "messages"),
+        (lambda c: c.chat("m", {1}), "messages"),
+        (lambda c: c.chat("m", 5), "messages"),
         (lambda c: c.chat("m", []), "prompt"),
         (lambda c: c.chat("m", [{"role": "user"}]), "messages[0]"),
         (lambda c: c.chat("m", [{"role": "user", "content": "x", "name": "y"}]), "messages[0]"),
         (lambda c: c.chat("m", [{"role": "user", "content": None}]), "messages[0].content"),
         (lambda c: c.embed("m", "x"), "texts"),
         (lambda c: c.embed("m", []), "texts"),
+        (lambda c: c.embed("m", 5), "texts"),
+        (lambda c: c.embed("m", {"x"}), "texts"),
         (lambda c: c.embed("m", ["x", 3]), "texts[1]"),
         (lambda c: c.count_tokens("m", [1, 2]), "prompt"),
         (lambda c: c.drain(""), "worker"),
@@ -196,6 +202,18 @@ def test_what_cannot_be_right_is_never_sent(start: Start, ask: Callable[[Client]
 def test_a_bad_endpoint_is_said_at_once(endpoints: Any) -> None:
     with pytest.raises(errors.InvalidParameter):
         Client(endpoints)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://*:5570", "tcp://a!b:5570", "tcp://-a:5570", "tcp://é:5570"])
+def test_an_endpoint_that_no_socket_can_connect_to_is_said_at_once(endpoint: str) -> None:
+    with pytest.raises(errors.InvalidEndpoint, match="is not a usable endpoint"):
+        Client(endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://a_b:1", "tcp://model-1.example:5570", "tcp://10.0.0.1:5570", "tcp://[::1]:5570", "ipc:///c"])
+def test_an_endpoint_that_may_be_there_is_taken(endpoint: str) -> None:
+    with Client(endpoint) as client:
+        assert client.endpoints == (endpoint,)
 
 
 def test_endpoints_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,6 +508,29 @@ def test_pings_go_out_while_nobody_reads(start: Start) -> None:
         assert broker.pings.get(timeout=PATIENCE_S) == m.Ping(300, [rid])
     broker.send(done(rid, 0, last=chunk(rid, 0, "ok")))
     assert stream.text() == "ok"
+
+
+def test_the_ttl_is_said_soon_although_nobody_reads(start: Start) -> None:
+    """Both for the first request of all, which waits for the Welcome, and for one of a client that was idle."""
+    broker, client = start(ttl_s=60.0)
+    for _ in range(2):
+        began = monotonic()
+        stream = client.generate("m", "x")
+        rid = broker.expect(m.Generate).rid
+        assert broker.pings.get(timeout=PATIENCE_S) == m.Ping(60_000, [rid])
+        assert monotonic() - began < 0.6, "well before a keeper's own round"
+        broker.send(done(rid, 0, last=chunk(rid, 0, "ok")))
+        assert stream.text() == "ok"
+
+
+def test_models_status_and_drain_keep_the_clients_timeout(start: Start) -> None:
+    """The controller answers Pings and nothing else. Only the client knows of this deadline, so nothing is waited for after it."""
+    _, client = start(timeout_s=0.2)
+    for ask in (client.models, client.status, lambda: client.drain("w")):
+        began = monotonic()
+        with pytest.raises(errors.DeadlineExceeded, match=r"0\.2 s"):
+            ask()
+        assert 0.2 <= monotonic() - began < 0.9
 
 
 def await_waiting(stream: Any) -> None:

@@ -15,16 +15,20 @@ heads = m.decoder(m.WorkerHead)
 
 
 class Host:
-    """Records what the link asks for; `busy` refuses requests, `connected` is whether the pipe takes messages."""
+    """Records what the link asks for; `busy` refuses requests.
 
-    def __init__(self) -> None:
+    `connected` is whether the pipe takes messages, `connects` whether a fresh one does.
+    """
+
+    def __init__(self, endpoint: str = "tcp://c:1") -> None:
         self.now = 100.0
         self.busy = False
         self.connected = True
+        self.connects = False
         self.sent: list[m.WorkerHead] = []
         self.payloads: list[bytes] = []
         self.events: list[object] = []
-        self.link = ControllerLink("tcp://c:1", self, self.send, ttl_s=3.0, random=Random(1), now=self.now)
+        self.link = ControllerLink(endpoint, self, self.send, ttl_s=3.0, random=Random(1), now=self.now)
 
     def send(self, head: bytes, payload: bytes) -> bool:
         if self.connected:
@@ -53,6 +57,7 @@ class Host:
 
     def fresh_socket(self, link: ControllerLink) -> None:
         self.events.append("fresh socket")
+        self.connected |= self.connects
 
     def changed(self, link: ControllerLink) -> None:
         self.events.append(f"{link.state}{' silent' if link.silent else ''}")
@@ -277,6 +282,43 @@ def test_an_absent_controller_needs_no_fresh_socket_and_is_greeted_when_it_is_ba
     assert registered.take() == [m.READY]
 
 
+def test_an_inproc_pipe_that_broke_is_replaced_after_two_missed_beats_and_then_left_alone() -> None:
+    host = Host("inproc://c")
+    host.run(0)
+    host.welcome()
+    host.run(5, beats=True)
+    host.connected = False
+    host.run(1.9)
+    assert "fresh socket" not in host.events, "it may be a full pipe"
+    host.take()
+    host.connects = True
+    host.run(0.2)
+    assert host.events == ["abort", "registering", "fresh socket"]
+    assert host.take() == [m.READY]
+    host.run(60)
+    assert "fresh socket" not in host.events, "it is connected when somebody binds"
+    host.welcome(epoch=9)
+    assert host.link.state == "registered"
+
+
+def test_a_full_inproc_pipe_of_a_controller_that_beats_is_kept() -> None:
+    host = Host("inproc://c")
+    host.run(0)
+    host.welcome()
+    host.connected = False
+    host.run(20, beats=True)
+    assert "fresh socket" not in host.events
+
+
+def test_what_the_controller_takes_as_one_message_comes_with_its_welcome(host: Host) -> None:
+    host.run(0)
+    assert host.link.message_bytes == 0
+    host.hear(m.WELCOME, 7, m.encode(m.WorkerWelcome(m.PROTOCOL, "c", 3000, message_bytes=4096)))
+    assert host.link.message_bytes == 4096
+    host.welcome(epoch=8)
+    assert host.link.message_bytes == 0
+
+
 def test_a_full_pipe_keeps_the_order(registered: Host) -> None:
     registered.connected = False
     registered.link.post(7, m.more_head(7, 1), b"a")
@@ -314,6 +356,13 @@ def test_a_process_that_was_stopped_does_not_take_its_controller_for_dead(regist
     assert registered.take() == [m.LOAD]
 
 
+def test_silence_is_noticed_by_a_worker_that_beats_less_often_than_its_controller(host: Host) -> None:
+    host.run(0)
+    host.welcome(ttl_ms=300)
+    host.run(2)
+    assert host.link.silent
+
+
 def test_announce_waits_for_the_welcome(host: Host) -> None:
     host.run(0)
     assert host.take() == [m.READY]
@@ -333,6 +382,24 @@ def test_a_draining_link_says_so_once_and_does_not_register_again(registered: Ho
     registered.hear(m.REREGISTER, epoch=0)
     registered.run(10)
     assert registered.take() == []
+
+
+def test_draining_that_the_pipe_does_not_take_is_no_answer_to_wait_for_and_is_said_later(registered: Host) -> None:
+    registered.connected = False
+    registered.link.drain()
+    assert registered.link.outbox_bytes == 0
+    registered.connected = True
+    registered.link.writable(registered.now)
+    assert registered.take() == [m.DRAINING]
+
+
+def test_draining_waits_until_a_silent_controller_is_heard_again(registered: Host) -> None:
+    registered.run(3.5)
+    registered.take()
+    registered.link.drain()
+    assert registered.take() == []
+    registered.hear(m.BEAT)
+    assert registered.take() == [m.DRAINING]
 
 
 def test_a_welcome_that_comes_during_the_drain_is_answered_with_draining(host: Host) -> None:

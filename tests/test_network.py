@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from scipy.stats import chisquare
 
 from zmqserve import Client, ConnectionFailed, ModelLoading, RequestError, UnknownModel
 
-from .processes import Served, ServedController, eventually, network, zmqserve
+from .processes import PATIENCE_S, Served, ServedController, eventually, network, zmqserve
 
 
 def test_a_question_goes_through_the_network_and_streams_back() -> None:
@@ -228,3 +229,36 @@ def test_up_runs_a_network_and_drains_it() -> None:
             assert len(client.status().workers) == 2
             assert client.generate("m", "a b", stream=False).text == "a b"
         assert up.end(signal.SIGINT) == 0
+
+
+def test_draining_one_replica_of_up_leaves_the_others_and_the_last_one_ends_it() -> None:
+    with Served("up", "echo", "--model", "m", "--replicas", "2", "--clients", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*") as up:
+        clients = up.wait_for("controller up")["clients"][0]
+        first, last = (up.wait_for("worker came", state="ready")["worker"] for _ in range(2))
+        with Client(clients) as client:
+            client.drain(first)
+            up.wait_for("a worker was drained", left=1)
+            assert [worker.name for worker in client.status().workers] == [last]
+            assert client.generate("m", "a b", stream=False).timings.worker == last
+            client.drain(last)
+        up.wait_for("a worker was drained", left=0)
+        assert up.process.wait(PATIENCE_S) == 0
+
+
+def test_up_ends_when_a_worker_fails_for_good() -> None:
+    given = ("--clients", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*")
+    with Served("up", "echo", "--model", "m", "--slots", "1", "--speed", "-1", *given) as up:
+        assert up.process.wait(PATIENCE_S) == 1
+
+
+def test_workers_of_an_up_that_was_killed_at_once_leave() -> None:
+    """It is killed as soon as a worker's process is there, long before that one can have looked who its parent is."""
+    with Served("up", "echo", "--model", "m", "--clients", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*") as up:
+        of_up = psutil.Process(up.process.pid)
+        eventually(lambda: bool(of_up.children()), PATIENCE_S, "a worker's process is there")
+        workers = of_up.children()
+        up.end(signal.SIGKILL, within_s=PATIENCE_S)
+        _, left = psutil.wait_procs(workers, timeout=PATIENCE_S)
+        for worker in left:
+            worker.kill()
+        assert not left

@@ -341,6 +341,26 @@ def test_an_unread_stream_is_bounded_and_others_go_on() -> None:
     assert other.end is whole.end is None
 
 
+def test_a_chunk_larger_than_the_buffer_passes_when_nothing_is_unread() -> None:
+    world = World(buffer_bytes=1000).welcomed()
+    call = world.open()
+    for seq in range(3):
+        world.hear(chunk(call.rid, seq, "x" * 5000))
+        assert texts(call) == ["x" * 5000]
+    world.hear(chunk(call.rid, 3, "x" * 5000))
+    assert ended(call) is None
+    world.hear(chunk(call.rid, 4, "x"))
+    assert isinstance(call.end, SlowConsumer)
+
+
+def test_what_the_controller_has_no_deadline_for_ends_on_time() -> None:
+    world = World().welcomed()
+    listing = m.ListModels(77)
+    call = world.session.open(world.now, listing, timeout_s=1.0, collect=True)
+    world.pass_s(1.01)
+    assert isinstance(call.end, DeadlineExceeded)
+
+
 def test_endless_empty_chunks_are_bounded_too() -> None:
     world = World(buffer_bytes=10_000).welcomed()
     call = world.open()
@@ -439,10 +459,12 @@ def test_pings_name_what_is_open_and_stop_with_the_last_request() -> None:
     world = World().welcomed()
     call, other = world.open(), world.open()
     world.wire.taken()
-    world.pass_s(1.01)
-    assert world.wire.taken() == [m.Ping(3000, [call.rid, other.rid])]
+    world.pass_s(0.11)
+    assert world.wire.taken() == [m.Ping(3000, [call.rid, other.rid])], "soon: until then the controller does not know the ttl"
     world.hear(m.Pong("c1"), done(call.rid, 0))
-    world.pass_s(1)
+    world.pass_s(0.9)
+    assert world.wire.taken() == []
+    world.pass_s(0.11)
     assert world.wire.taken() == [m.Ping(3000, [other.rid])]
     world.hear(done(other.rid, 0))
     world.pass_s(10)

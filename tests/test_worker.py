@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
 from typing import Any
 
 import pytest
+import structlog
+import zmq
+from structlog.testing import LogCapture
+from structlog.typing import EventDict
 
+from zmqserve import linkthread
 from zmqserve import messages as m
 from zmqserve.errors import (
     InvalidParameter,
@@ -19,6 +24,7 @@ from zmqserve.errors import (
     Refused,
 )
 from zmqserve.jobs import Delta, GenerateJob
+from zmqserve.sockets import SNDMORE
 from zmqserve.worker import WorkerConfig
 
 from .fakes.controller import FakeController, chunks_of, text_of
@@ -229,6 +235,107 @@ def test_a_controller_may_drain_it_and_the_rest_is_aborted_after_the_grace(contr
     assert worker.failure is None
 
 
+def _recorded(monkeypatch: pytest.MonkeyPatch, logger: str) -> MutableSequence[EventDict]:
+    """What `logger` says from here on."""
+    capture = LogCapture()
+    monkeypatch.setattr(logger, structlog.wrap_logger(None, processors=[capture], wrapper_class=structlog.stdlib.BoundLogger))
+    return capture.entries
+
+
+@pytest.mark.parametrize("answers_wait", [False, True])
+def test_draining_does_not_wait_for_a_controller_that_is_not_there(
+    controller: FakeController, monkeypatch: pytest.MonkeyPatch, answers_wait: bool
+) -> None:
+    lines = _recorded(monkeypatch, "zmqserve.linkthread.log")
+    gates: list[Callable[[], object]] = []
+
+    async def gated(job: GenerateJob) -> AsyncIterator[Delta]:
+        gate = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        gates.append(lambda: loop.call_soon_threadsafe(gate.set))
+        yield Delta("first")
+        await gate.wait()
+
+    worker = ScriptWorker(config(controller, grace_s=60.0), gated)
+    worker.start()
+    try:
+        controller.register(ttl_ms=1000)
+        if answers_wait:
+            controller.request(generate(1))
+            controller.expect(m.FIRST)
+        controller.unbind()
+        worker.drain()
+        for gate in gates:
+            gate()
+        worker.wait_ended(WAIT_S)
+    finally:
+        worker.stop()
+        controller.bind(controller.endpoint)
+    assert worker.failure is None
+    assert "controller silent" not in {line["event"] for line in lines}
+
+
+def test_a_worker_and_its_controller_in_one_process_find_each_other_again() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    settings = WorkerConfig(model="m", controllers=("inproc://workers",), context=context)
+    with FakeController("inproc://workers", context=context) as controller, serving(ScriptWorker(settings, endless), controller):
+        for rid in (1, 2):
+            controller.unbind()
+            controller.epoch = 0
+            controller.bind("inproc://workers")
+            controller.register(ttl_ms=300)
+            controller.request(generate(rid))
+            assert controller.expect(m.FIRST, m.READY, where=lambda got: got.head.kind == m.FIRST).head.rid == rid
+    context.term()
+
+
+def test_a_connection_that_breaks_within_a_message_costs_neither_the_message_nor_the_worker(
+    controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = [True, True]
+
+    def breaking(socket: zmq.Socket[bytes]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """As libzmq does: the second part of a message says EAGAIN, and the first is forgotten."""
+        heads: list[bytes] = []
+
+        def send(data: bytes, flags: int) -> None:
+            if flags == SNDMORE:
+                heads.append(data)
+                return
+            head = heads.pop()
+            if breaks:
+                breaks.pop()
+                raise zmq.Again
+            socket.send(head, SNDMORE)
+            socket.send(data, flags)
+
+        return socket.recv, send
+
+    monkeypatch.setattr(linkthread, "raw_calls", breaking)
+    with serving(ScriptWorker(config(controller), endless), controller) as worker:
+        controller.request(generate(1))
+        assert controller.expect(m.FIRST).head.rid == 1
+        assert not breaks
+    assert worker.failure is None
+
+
+@pytest.mark.parametrize(("error", "traced"), [(InvalidParameter("no such file"), False), (OSError("no such file"), True)])
+def test_only_what_is_unexpected_in_a_load_is_logged_with_its_trace(
+    controller: FakeController, monkeypatch: pytest.MonkeyPatch, error: Exception, traced: bool
+) -> None:
+    def fail() -> None:
+        raise error
+
+    lines = _recorded(monkeypatch, "zmqserve.worker.log")
+    worker = ScriptWorker(config(controller), load=fail)
+    with pytest.raises(type(error)):
+        worker.run()
+    (line,) = lines
+    assert line["event"] == "load failed"
+    assert bool(line.get("exc_info")) is traced
+    assert (line.get("why") == "no such file") is not traced
+
+
 def process(controller: FakeController, **options: Any) -> subprocess.Popen[bytes]:
     """An EchoWorker in a process of its own."""
     code = (
@@ -302,6 +409,9 @@ def test_the_faults_die_and_hang(controller: FakeController) -> None:
         {"ttl_s": 0.0},
         {"grace_s": -1.0},
         {"name": ""},
+        {"name": "half a pair \ud800"},
+        {"served_name": "\udc80"},
+        {"model": "\udc80"},
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from zmqserve import messages as m
 from zmqserve.answers import Job
 from zmqserve.backends.echo import EchoWorker
 from zmqserve.errors import (
+    BackendError,
     DeadlineExceeded,
+    InvalidParameter,
 )
 from zmqserve.jobs import Delta, GenerateJob
 from zmqserve.sockets import SocketLimits
@@ -219,6 +221,72 @@ def test_an_answer_over_the_message_limit_is_an_error_and_not_a_lost_connection(
         controller.expect(m.DONE)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_piece_over_the_message_limit_ends_its_own_answer_only(controller: FakeController, own: bool) -> None:
+    async def pieces(job: GenerateJob) -> AsyncIterator[Delta]:
+        for size in job.request.prompt.split() if job.request.prompt else ():
+            yield Delta("\N{SNOWMAN}" * int(size), (1,))
+            await asyncio.sleep(0)
+
+    limits = SocketLimits(message_bytes=10_000) if own else SocketLimits()
+    controller.message_bytes = 0 if own else 10_000
+    with serving(ScriptWorker(config(controller, limits=limits), pieces), controller):
+        for rid, prompt, kinds in ((1, "4000", [m.FAILED]), (2, "1 4000 1", [m.FIRST, m.FAILED]), (3, "1 3000", [m.FIRST, m.MORE, m.DONE])):
+            controller.request(generate(rid, prompt))
+            got = controller.answer_of(rid)
+            assert [each.head.kind for each in got] == kinds
+            if kinds[-1] == m.FAILED:
+                assert got[-1].message.code == BackendError.code
+                assert "over the limit of 10000 bytes" in got[-1].message.message
+
+
+def test_an_error_over_the_message_limit_is_shortened(controller: FakeController) -> None:
+    async def fail(job: GenerateJob) -> AsyncIterator[Delta]:
+        yield Delta("first")
+        raise InvalidParameter("x" * 50_000)
+
+    with serving(ScriptWorker(config(controller, limits=SocketLimits(message_bytes=10_000)), fail), controller):
+        controller.request(generate(1))
+        failed = controller.answer_of(1)[-1].message
+        assert (failed.code, failed.message) == (InvalidParameter.code, "x" * 497 + "...")
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_what_one_turn_makes_leaves_in_messages_under_the_limit(controller: FakeController, logprobs: bool) -> None:
+    entries = [m.TokenLogprob(1, "\N{SNOWMAN}" * 50, -1.0, [m.TopLogprob(2, "x" * 100, -2.0)] * 5)] if logprobs else None
+
+    async def one_turn(job: GenerateJob) -> AsyncIterator[Delta]:
+        for k in range(300):
+            yield Delta("\N{SNOWMAN}" * 100, (k,), logprobs=entries)
+
+    limit = 20_000
+    controller.message_bytes = limit
+    with serving(ScriptWorker(config(controller), one_turn), controller):
+        controller.request(generate(1))
+        got = controller.answer_of(1)
+        assert [chunk.seq for chunk in chunks_of(got, 1)] == list(range(300))
+        sizes = [len(m.encode(each.message)) for each in got]
+        assert max(sizes) <= limit
+        assert len(sizes) < 200, "they still leave together"
+
+
+def test_a_backend_that_never_pauses_is_paused_once_its_controller_takes_no_more(controller: FakeController) -> None:
+    made: list[int] = []
+
+    async def endless_turn(job: GenerateJob) -> AsyncIterator[Delta]:
+        for k in range(10**9):
+            made.append(k)
+            yield Delta("x" * 10_000, (k,))
+
+    with serving(ScriptWorker(config(controller, outbox_bytes=100_000), endless_turn), controller):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        controller.cancel(1)
+        got = controller.answer_of(1)
+        assert got[-1].head.outcome == "cancelled"
+        assert len(chunks_of(got, 1)) + 1 == len(made)
+
+
 def test_more_than_its_slots_is_busy_but_questions_need_no_slot(controller: FakeController) -> None:
     with serving(ScriptWorker(config(controller, slots=2), endless), controller):
         controller.request(generate(1))
@@ -280,3 +348,28 @@ def test_a_deadline_ends_a_request_and_no_other(controller: FakeController) -> N
         assert "30 ms" in got[-1].message.message
         controller.cancel(2)
         controller.expect(m.DONE)
+
+
+def test_a_token_per_turn_however_often_streams_were_closed_and_opened(controller: FakeController) -> None:
+    """Each close leaves a step that is due already: another loop beside it would make two tokens in a turn."""
+    turns: list[int] = []
+
+    class Counting(EchoWorker):
+        """Notes how many of its steps run in each turn of the event loop."""
+
+        def begin(self, job: Job) -> None:
+            for _ in range(20):
+                super().begin(job)
+                self.abandon(job)
+            super().begin(job)
+            asyncio.get_running_loop().call_soon(self.turn, job, 0)
+
+        def turn(self, job: Job, before: int) -> None:
+            turns.append(job.completion_tokens - before)
+            if not job.answer.ended:
+                asyncio.get_running_loop().call_soon(self.turn, job, job.completion_tokens)
+
+    with serving(Counting(config(controller)), controller):
+        controller.request(generate(1, max_tokens=50))
+        controller.answer_of(1)
+    assert max(turns) == 1

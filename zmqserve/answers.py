@@ -35,6 +35,8 @@ from .messages import (
 log = Logger("zmqserve.worker")
 CANCELLED = "cancelled"
 MAX_ERROR_CHARACTERS = 500
+CHUNK_BYTES = 100
+"""More than what a chunk, or a token's logprob, takes in a message besides its text and its ids."""
 _pack_one = Struct("<I").pack
 
 
@@ -75,12 +77,18 @@ class Answer:
     def done(self, outcome: str, message: msgspec.Struct, prompt_tokens: int = 0, completion_tokens: int = 0) -> None:
         """End with `message`."""
         payload = encoded(message)
-        limit = self.gather.lane.out.message_bytes
-        if len(payload) > limit:
-            text = f"the answer is {len(payload)} bytes long, over the limit of {limit} bytes a message: ask for less at a time"
-            self.fail(BackendError(text))
+        try:
+            self.check_size(len(payload))
+        except BackendError as error:
+            self.fail(error)
         else:
             self._end(DONE, payload, outcome, 0, prompt_tokens, completion_tokens)
+
+    def check_size(self, size_bytes: int) -> None:
+        """Raise BackendError for what is too long for one message: its controller would drop the connection."""
+        limit = self.gather.lane.message_bytes
+        if size_bytes > limit:
+            raise BackendError(f"the answer is {size_bytes} bytes long, over the limit of {limit} bytes a message: ask for less at a time")
 
     def fail(self, exception: BaseException) -> None:
         """End with an error. One that is not of zmqserve becomes a BackendError that names it, and is logged."""
@@ -95,6 +103,8 @@ class Answer:
             payload = encode(message)
         except (TypeError, UnicodeEncodeError, OverflowError):
             payload = encode(Error(self.head.rid, error.code, clean(error.message), error.retryable))
+        if len(payload) > self.gather.lane.message_bytes:
+            payload = encode(Error(self.head.rid, error.code, _short(clean(error.message)), error.retryable))
         self._end(FAILED, payload, "", error.code, *used)
 
     def settle(self) -> None:
@@ -169,7 +179,10 @@ class Job(GenerateJob):
         return self._gather.lane.congested
 
     def emit(self, delta: Delta) -> None:
-        """The next piece. The piece with which the last choice finishes leaves with `finish`."""
+        """The next piece. The piece with which the last choice finishes leaves with `finish`.
+
+        Raises BackendError for a piece that is too long for a message; the job must fail with it.
+        """
         ids = delta.token_ids
         seq = self._seq
         self._seq = seq + 1
@@ -181,10 +194,14 @@ class Job(GenerateJob):
         if not self._first_s or self._last is not None or self._parts is not None:
             self._emit_specially(chunk)
         else:
+            bound = CHUNK_BYTES + 4 * len(delta.text) + len(packed)
+            if delta.logprobs is not None:
+                bound += sum(map(_logprob_bound, delta.logprobs))
             gather = self._gather
-            if not gather.chunks:
-                gather.turn.add(gather)
-            gather.chunks.append(chunk)
+            if bound > gather.most_bytes:
+                bound = len(encoded(chunk)) + CHUNK_BYTES
+                self.answer.check_size(bound - CHUNK_BYTES)
+            gather.add(chunk, bound)
 
     def finish(self, reason: str = "stop") -> None:
         """The end. `reason` stands for choices that have not finished: ``stop``, ``length`` or ``cancelled``."""
@@ -215,7 +232,9 @@ class Job(GenerateJob):
                 lane = gather.lane
                 if lane.alive:
                     head = WorkerHead(FIRST, lane.epoch, answer.head.client, answer.head.rid)
-                    lane.post(encode(head), encoded(chunk))
+                    payload = encoded(chunk)
+                    answer.check_size(len(payload))
+                    lane.post(encode(head), payload)
                     lane.out.wake()
                 return
         if self._parts is not None:
@@ -239,13 +258,20 @@ def _choice(chunks: Iterable[Chunk], reason: str) -> Choice:
     return Choice("".join(chunk.text for chunk in chunks), b"".join(chunk.token_ids for chunk in chunks), reason, logprobs)
 
 
+def _logprob_bound(entry: TokenLogprob) -> int:
+    """More than the bytes that a token's logprob takes in a message."""
+    return CHUNK_BYTES + 4 * len(entry.text) + sum(CHUNK_BYTES + 4 * len(other.text) for other in entry.top)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_CHARACTERS else text[: MAX_ERROR_CHARACTERS - 3] + "..."
+
+
 def _typed(error: BaseException) -> ZmqserveError:
     """What the caller is told of an exception: the error itself when it is one of ours, else its type and text."""
     if isinstance(error, ZmqserveError):
         return error
     names = {cls.__name__ for cls in type(error).__mro__}
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    if len(text) > MAX_ERROR_CHARACTERS:
-        text = text[: MAX_ERROR_CHARACTERS - 3] + "..."
+    text = _short(f"{type(error).__name__}: {error}".rstrip(": "))
     # torch's own class is named so too: known by its name, since the core does not import torch.
     return OutOfMemory(text) if names & {"MemoryError", "OutOfMemoryError"} else BackendError(text)

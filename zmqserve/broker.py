@@ -21,6 +21,7 @@ from .errors import (
     InvalidParameter,
     MalformedMessage,
     ModelLoading,
+    NoWorker,
     ProtocolMismatch,
     UnknownModel,
     Unsupported,
@@ -153,9 +154,11 @@ class Broker:
         pool = self.registry.find(header.model)
         if pool is None:
             models = self.registry.known_models()
-            served = f"known: {', '.join(models[:20])}{', ...' if len(models) > 20 else ''}" if models else "no worker has registered yet"
+            if not models:  # just started, most likely: its workers are on their way
+                raise NoWorker(f"no worker serves model {header.model!r}: none has registered yet", retry_after_ms=1000)
+            served = f"{', '.join(models[:20])}{', ...' if len(models) > 20 else ''}"
             raise UnknownModel(
-                f"no worker serves model {header.model!r}; {served}", data={"model": header.model, "known_models": models[:100]}
+                f"no worker serves model {header.model!r}; known: {served}", data={"model": header.model, "known_models": models[:100]}
             )
         if pool.workers and not pool.can(need):
             self._cannot(pool, need)
@@ -288,11 +291,16 @@ class Broker:
         else:
             self.members.violation(now, identity, f"kind {head.kind} is not one that a worker sends")
 
-    def shut_down(self, now: float) -> None:
-        """The controller is leaving: every request ends as GoingAway, and workers stop what they run for it."""
-        for client in list(self.flights.clients.values()):
+    def shut_down(self, now: float) -> bool:
+        """The controller is leaving: every request ends as GoingAway, and workers stop what they run for it.
+
+        Returns whether anybody had to be told.
+        """
+        clients = list(self.flights.clients.values())
+        for client in clients:
             self._send_client(client.envelope, m.encode(m.GoAway("the controller is shutting down")))
             self.flights.detach(client, now, "shut down", GoingAway("the controller is shutting down", retry_after_ms=1000))
+        return bool(clients)
 
     def _ready(self, now: float, identity: bytes, worker: Worker | None, number: int, payload: bytes, certain: bool) -> None:
         """READY registers a worker, or again with its epoch when what it offers has changed."""

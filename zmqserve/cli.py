@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import io
+import math
 import os
 import signal
 import sys
@@ -72,10 +75,10 @@ def controller(args: argparse.Namespace) -> int:
 
 def worker(args: argparse.Namespace) -> int:
     """Run a worker until it is drained: by SIGINT, SIGTERM or `zmqserve drain`."""
+    if args.exit_with_parent is not None:
+        up.exit_with_parent(args.exit_with_parent)
     logs.configure(args.log_level, args.log_json)
     backend: type[BaseModelWorker] = args.backend
-    if args.exit_with_parent:
-        up.exit_with_parent()
     config = WorkerConfig(
         model=args.model,
         served_name=args.name,
@@ -190,6 +193,28 @@ def figures(completion: object) -> str:
     )
 
 
+def _printing(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, told in one sentence when what it prints cannot be written. What the terminal has no sign for becomes ``?``."""
+
+    @functools.wraps(run)
+    def printed(args: argparse.Namespace) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        try:
+            code = run(args)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # What is still buffered would fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise ZmqserveError(f"the output cannot be written: {error.strerror or error}") from None
+        return code
+
+    return printed
+
+
 def _client(args: argparse.Namespace) -> Client:
     from .client import Client
 
@@ -240,7 +265,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     work.add_argument(
         "--worker-name", metavar="NAME", help="the worker's own name in status and logs (default: backend, host and a random suffix)"
     )
-    work.add_argument("--exit-with-parent", action="store_true", help=argparse.SUPPRESS)
+    work.add_argument("--exit-with-parent", type=_positive, metavar="PID", help=argparse.SUPPRESS)
     _log_options(work)
 
     both = command("up", up.run, "run a controller and its workers together; Ctrl-C drains them")
@@ -253,7 +278,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _log_options(both)
     both.set_defaults(arguments=list(arguments))
 
-    query = command("ask", ask, "ask a model and stream its answer to the terminal")
+    query = command("ask", _printing(ask), "ask a model and stream its answer to the terminal")
     query.add_argument("model", help="a name that `zmqserve models` lists")
     query.add_argument("prompt", help="the question; - reads it from standard input")
     query.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens")
@@ -264,16 +289,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     query.add_argument("--stats", action="store_true", help="print a line of figures to standard error at the end")
     _client_options(query)
 
-    vectors = command("embed", embed, "print the embedding of each text, a JSON array a line")
+    vectors = command("embed", _printing(embed), "print the embedding of each text, a JSON array a line")
     vectors.add_argument("model", help="a name that `zmqserve models` lists")
     vectors.add_argument("texts", nargs="+", metavar="TEXT")
     _client_options(vectors)
 
-    _client_options(command("models", models, "list the models that are served"))
-    state = command("status", status, "show the controller's workers, models and queues")
+    _client_options(command("models", _printing(models), "list the models that are served"))
+    state = command("status", _printing(status), "show the controller's workers, models and queues")
     state.add_argument("--json", action="store_true", help="everything, as JSON")
     _client_options(state)
-    leave = command("drain", drain, "let a worker finish what it runs, give it nothing new, and let it go")
+    leave = command("drain", _printing(drain), "let a worker finish what it runs, give it nothing new, and let it go")
     leave.add_argument("worker", help="a name that `zmqserve status` lists")
     leave.add_argument("--grace", type=float, metavar="S", help="seconds until the rest of its requests move (default: the controller's)")
     _client_options(leave)
@@ -291,7 +316,7 @@ def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], 
     parser.add_argument("--slots", type=_positive, metavar="N", help="requests at a time (default: the backend's)")
     parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="relative speed, for dispatch (default 1)")
     parser.add_argument(
-        "--grace", type=float, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
+        "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
     )
     if len(arguments) > 1 and arguments[0] in ("worker", "up") and arguments[1] in plugins.names() and parser.prog.endswith(arguments[0]):
         plugins.load(arguments[1]).add_arguments(parser.add_argument_group(f"{arguments[1]} options"))
@@ -323,7 +348,16 @@ def _backend(name: str) -> type[BaseModelWorker]:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
     return number

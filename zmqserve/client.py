@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
@@ -13,7 +14,7 @@ from . import requests
 from .call import Answer, Call, ClientRequest
 from .config import CLIENT_ENDPOINT
 from .connection import Connection
-from .errors import InvalidParameter, MalformedMessage, ZmqserveError
+from .errors import InvalidEndpoint, InvalidParameter, MalformedMessage, Unsupported, ZmqserveError
 from .messages import (
     ControllerStatus,
     Details,
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 ENDPOINTS_VARIABLE = "ZMQSERVE_CONTROLLER"
 """Environment variable for the controller's client endpoints; several are separated by commas."""
+
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%-]*")
+"""What a host to connect to may be made of."""
 
 A = TypeVar("A", bound=Answer)
 
@@ -78,7 +82,7 @@ class Client:
             endpoints = os.environ.get(ENDPOINTS_VARIABLE, CLIENT_ENDPOINT).split(",")
         elif isinstance(endpoints, str):
             endpoints = [endpoints]
-        self.endpoints = tuple(check_endpoint(endpoint.strip(), bind=False) for endpoint in endpoints)
+        self.endpoints = tuple(_to_connect(endpoint.strip()) for endpoint in endpoints)
         if not self.endpoints:
             raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
         self._timeout_s = None if timeout_s is None else requests.check_duration("timeout_s", timeout_s)
@@ -219,11 +223,12 @@ class Client:
         trace: str | None = None,
         **options: Unpack[EmbedOptions],
     ) -> Vectors:
-        """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (ModuleNotFoundError says how to get it)."""
+        """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (Unsupported says how to get it)."""
         try:
             import numpy as np
         except ImportError:
-            raise ModuleNotFoundError('embed returns numpy arrays: pip install "zmqserve[embeddings]"', name="numpy") from None
+            what = 'embed returns numpy arrays, and numpy is not installed: pip install "zmqserve[embeddings]"'
+            raise Unsupported(what, data={"parameter": "embed"}) from None
         routing = self._routing(timeout_s, priority, affinity, trace)
         reply = self._ask(requests.embed(model, texts, params, options, routing), Embedding)
         rows, columns = reply.shape
@@ -286,3 +291,15 @@ class Client:
         if isinstance(request, ListModels | Status | Drain) or request.deadline_ms is None:
             return self._timeout_s
         return request.deadline_ms / 1000
+
+
+def _to_connect(endpoint: str) -> str:
+    """The endpoint, if a socket can be connected to it; InvalidEndpoint otherwise. A wrong one would look like an absent controller."""
+    checked = check_endpoint(endpoint, bind=False)
+    if checked.startswith("tcp://"):
+        host = checked[6:].rpartition(":")[0]
+        if host == "*":
+            raise InvalidEndpoint(endpoint, "* is for binding; to connect, name the controller's host, like tcp://127.0.0.1:5570")
+        if host[0] != "[" and _HOST.fullmatch(host) is None:
+            raise InvalidEndpoint(endpoint, f"{host!r} is no host name or address")
+    return checked

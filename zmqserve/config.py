@@ -15,7 +15,7 @@ from .errors import InvalidParameter
 CLIENT_ENDPOINT = "tcp://127.0.0.1:5570"
 WORKER_ENDPOINT = "tcp://127.0.0.1:5571"
 
-Seconds = Annotated[float, Meta(gt=0, le=1e7)]
+Seconds = Annotated[float, Meta(ge=0.01, le=1e7)]
 Size = Annotated[int, Meta(ge=1, le=2**50)]
 
 

@@ -30,6 +30,8 @@ TURN_MESSAGES = 256
 """How many messages are read at most before others get the mutex."""
 NAP_S = 1.0
 """The longest sleep of a leader, and how often the keeper looks; with a short ttl it is the time between Pings."""
+NAP_LEAST_S = 0.05
+"""The shortest sleep of a keeper beside a leader."""
 PARK_NAPS = 2
 """After so many looks at a client without open requests the keeper sleeps until there is one."""
 CLOSE_LINGER_MS = 100
@@ -74,6 +76,7 @@ class Connection:
         self._abandoned: deque[Call] = deque()
         self._keeper = Keeper(self._look)
         self._parked = False
+        self._looks_s = 0.0
         self._idle_naps = 0
         self._closed = False
 
@@ -98,9 +101,7 @@ class Connection:
             call = self._session.open(monotonic(), request, timeout_s=timeout_s, collect=collect)
             self._after_send()
             self._keeper.start()
-            if self._parked:
-                self._parked = False
-                self._keeper.wake()
+            self._call_keeper()
         if not call.sent:
             try:
                 self._wait(call, for_sent=True)
@@ -109,6 +110,8 @@ class Connection:
                 raise
             if not call.sent and isinstance(call.end, ZmqserveError):
                 raise call.end
+            with self._mutex:
+                self._call_keeper()
         return call
 
     def cancel(self, call: Call) -> None:
@@ -277,6 +280,14 @@ class Connection:
         if self._leader is seat:
             self._hand_over()
 
+    def _call_keeper(self) -> None:
+        """See that the keeper is awake when something is due next: nobody else may be, if the caller reads later."""
+        due_s = self._session.next_s()
+        if self._parked or (due_s is not None and due_s < self._looks_s):
+            self._parked = False
+            self._looks_s = 0.0
+            self._keeper.wake()
+
     def _look(self) -> float | None:
         """The keeper's round: see that Pings go out, and that somebody leads. Returns how long it may sleep, None: until it is woken."""
         with self._mutex:
@@ -291,4 +302,11 @@ class Connection:
             self._parked = self._idle_naps > PARK_NAPS
             if self._parked:
                 return None
-            return self._nap_s() if self._leader is None else self._nap_most_s
+            if self._leader is None:
+                nap_s = self._nap_s()
+            else:
+                # Who leads does what is due, but may leave before.
+                due_s = self._session.next_s()
+                nap_s = self._nap_most_s if due_s is None else min(self._nap_most_s, max(NAP_LEAST_S, due_s - monotonic()))
+            self._looks_s = monotonic() + nap_s
+            return nap_s

@@ -29,8 +29,10 @@ DRAIN = 256
 """Messages read from one socket before the other gets its turn. One a poll would be 2.6 times slower than 64."""
 MOST_POLL_S = 0.25
 """The longest sleep, less with a short ttl: the broker takes a longer gap than half a ttl for a pause of the process."""
-FAREWELL_MS = 200
-"""What the last messages (GoAway, errors) get to leave when the controller stops."""
+FAREWELL_S = 0.1
+"""Peers drop what they have not read when a connection ends, so it outlives the last messages (GoAway, errors) by so much."""
+LINGER_MS = 200
+"""What messages that still wait in libzmq get to leave after that."""
 
 
 class Controller:
@@ -49,7 +51,7 @@ class Controller:
         **settings: Any,
     ) -> None:
         self.config = load_config(None, **((msgspec.structs.asdict(config) if config is not None else {}) | settings))
-        self.id = secrets.token_hex(8)
+        self.id = ""  # of one start: `bind` draws it
         self.client_endpoints: list[str] = []
         self.worker_endpoints: list[str] = []
         self._own_context = context is None
@@ -86,6 +88,7 @@ class Controller:
 
     def _bound(self) -> Relay:
         raise_descriptor_limit()
+        self.id = secrets.token_hex(8)
         config = self.config
         self._context = self._context or zmq.Context()
         limits = SocketLimits(config.message_bytes, config.pipe_messages)
@@ -152,7 +155,8 @@ class Controller:
             relay = self._relay = self._relay or self._bound()
             try:
                 self._loop(relay)
-                relay.broker.shut_down(time.monotonic())
+                if relay.broker.shut_down(time.monotonic()):
+                    self._farewell(relay)
             finally:
                 self._report("controller down", controller=self.id)
                 self._relay = None
@@ -180,17 +184,23 @@ class Controller:
             if clients in ready:
                 relay.from_clients(now, DRAIN)
 
+    def _farewell(self, relay: Relay) -> None:
+        until_s = time.monotonic() + FAREWELL_S
+        while (now := time.monotonic()) < until_s:
+            relay.flush(now)
+            time.sleep(0.01)
+
     def _close(self, sockets: list[zmq.Socket[bytes]]) -> None:
         with self._wake_lock:
             pipe, self._wake_r, self._wake_w = (self._wake_r, self._wake_w), -1, -1  # first: a signal handler may call `stop` now
             for end in pipe:
                 os.close(end)
         for socket in sockets:
-            socket.close(linger=FAREWELL_MS)
+            socket.close(linger=LINGER_MS)
         if self._own_context and self._context is not None:
             self._context.term()
             self._context = None
-        for binding in self._bindings:  # last: libzmq removes an ipc path when it closes it, which must not be another's by then
+        for binding in self._bindings:  # last: until here the sockets have the paths that the locks stand for
             binding.release()
         self._bindings.clear()
         self.client_endpoints.clear()

@@ -95,7 +95,10 @@ class Flight:
 
 
 class Route:
-    """One worker's way to one client: what a MORE head stands for. It exists while a flight of theirs is open."""
+    """One worker's way to one client: what a MORE head stands for. It exists while a flight of theirs is open.
+
+    `identity` is the worker's routing id, or empty when the relay shall not take its messages on trust.
+    """
 
     __slots__ = ("client", "flights", "head", "identity", "worker")
 

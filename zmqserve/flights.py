@@ -23,6 +23,13 @@ SENT, GONE, FULL = range(3)
 """What a send says: it is on its way; nobody is there any more; the peer does not read and its outbox is at its limit."""
 
 
+OUTCOMES = frozenset(
+    {"ok", "stop", "length", "cancelled", "failed", "deadline", "worker_lost", "no_worker"}
+    | {"client gone", "client silent", "slow consumer", "shut down"}
+)
+"""What is counted by its name; a worker may say anything, and counters are for good."""
+
+
 class Flights:
     """Every request in progress. `routes` maps the MORE heads in use to their way, for the relay."""
 
@@ -210,7 +217,7 @@ class Flights:
                 timer.cancel()
         self.answer(client, last, now)
         self._forget_idle(client)
-        self.counters[f"ended: {outcome}"] += 1
+        self.counters[f"ended: {outcome if outcome in OUTCOMES else 'other'}"] += 1
         waited_until = flight.dispatched_s if worker is not None else now
         self._report(
             "request",

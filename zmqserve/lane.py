@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from .answers import Answer
     from .link import ControllerLink
 
+GATHER_BYTES = 2**20
+"""Gathered chunks that may be longer than this together leave before the turn ends: a message must not get over the limit, and
+a backend that never pauses must notice that its lane is congested."""
+
 
 class Outbound(Protocol):
     """The way to the thread that owns the sockets."""
-
-    message_bytes: int
 
     def behind(self, lane: Lane) -> bool:
         """Whether more is made than leaves: for this lane's controller, or for all together."""
@@ -40,7 +42,8 @@ class Lane:
 
     Two threads use it, without a lock: each attribute has one writer. The engine writes `posted_bytes`, the socket thread
     `taken_bytes`, `gone_bytes` (taken and out of the outbox too), `yours` and `alive`. What is posted and not gone waits;
-    beyond a limit the lane is `congested`, and generation pauses.
+    beyond a limit the lane is `congested`, and generation pauses. `message_bytes`: a larger message breaks the connection, and
+    with it all that runs for this controller.
     """
 
     __slots__ = (
@@ -51,6 +54,7 @@ class Lane:
         "gathers",
         "gone_bytes",
         "link",
+        "message_bytes",
         "out",
         "posted_bytes",
         "taken_bytes",
@@ -58,10 +62,11 @@ class Lane:
         "yours",
     )
 
-    def __init__(self, link: ControllerLink, epoch: int, out: Outbound) -> None:
+    def __init__(self, link: ControllerLink, epoch: int, out: Outbound, message_bytes: int) -> None:
         self.link = link
         self.epoch = epoch
         self.out = out
+        self.message_bytes = message_bytes
         self.alive = True
         self.congested = False
         self.posted_bytes = 0
@@ -104,7 +109,7 @@ class Lane:
 class Gather:
     """The chunks for one client that were made in this turn of the event loop."""
 
-    __slots__ = ("chunks", "client", "head", "lane", "turn", "users")
+    __slots__ = ("bound_bytes", "chunks", "client", "head", "lane", "most_bytes", "turn", "users")
 
     def __init__(self, lane: Lane, client: int, turn: Turn) -> None:
         self.lane = lane
@@ -113,15 +118,28 @@ class Gather:
         self.head = more_head(lane.epoch, client)
         self.users = 0
         self.chunks: list[Chunk] = []
+        self.bound_bytes = 0
+        self.most_bytes = min(GATHER_BYTES, lane.message_bytes)
 
     def __repr__(self) -> str:
         return f"Gather(client={self.client}, {len(self.chunks)} chunks)"
+
+    def add(self, chunk: Chunk, bound_bytes: int) -> None:
+        """One more, no longer than `bound_bytes` in a message. What would make the message too long leaves without it."""
+        if self.bound_bytes + bound_bytes > self.most_bytes and self.chunks:
+            self.flush()
+            self.lane.out.wake()
+        if not self.chunks:
+            self.turn.add(self)
+        self.chunks.append(chunk)
+        self.bound_bytes += bound_bytes
 
     def flush(self) -> None:
         """Let them leave as one message."""
         chunks = self.chunks
         if chunks:
             self.chunks = []
+            self.bound_bytes = 0
             if self.lane.alive:
                 self.lane.post(self.head, encoded(chunks[0] if len(chunks) == 1 else Chunks(chunks)))
 

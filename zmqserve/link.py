@@ -55,6 +55,9 @@ SILENT_TTLS = 2
 FRESH_SOCKET_S = (2.0, 4.0)
 """... and again after a time between these: a long outage is never followed by a long wait."""
 
+INPROC_FRESH_TTLS = 2 / BEATS_PER_TTL
+"""libzmq never connects inproc again, and its pipe, broken or full, just takes nothing: after two missed beats it is broken."""
+
 _heads = decoder(ControllerHead)
 _welcomes = decoder(WorkerWelcome)
 _refusals = decoder(Refused)
@@ -93,7 +96,8 @@ class ControllerLink:
 
     The owner calls `received` for each message, `tick` at the time that the last `tick` returned (and after anything
     else), and `writable` when the pipe takes messages again while `blocked` is set. `ttl_s` is the worker's own: the
-    controller's comes in its WELCOME. `stale_frames` and `bad_frames` count what was dropped.
+    controller's comes in its WELCOME, and with it `message_bytes`, what it takes as one message (0: unknown). `stale_frames` and
+    `bad_frames` count what was dropped.
     """
 
     def __init__(self, endpoint: str, host: LinkHost, send: Send, *, ttl_s: float, random: Random, now: float) -> None:
@@ -104,9 +108,11 @@ class ControllerLink:
         self.silent = False
         self.refusal: Refused | None = None
         self.blocked = False
+        self.message_bytes = 0
         self.outbox_bytes = 0
         self.stale_frames = 0
         self.bad_frames = 0
+        self._inproc = endpoint.startswith("inproc://")
         self._host = host
         self._send = send
         self._random = random
@@ -114,10 +120,11 @@ class ControllerLink:
         self._lease = Lease(ttl_s, now)
         self._due_s = now
         self._beat_s = -inf
-        self._ticked_s = now
+        self._asked_s = inf
         self._fresh_s = now
         self._ready_changed = False
         self._draining = False
+        self._told_draining = False
         self._outbox: deque[tuple[bytes, bytes]] = deque()
 
     def __repr__(self) -> str:
@@ -130,10 +137,9 @@ class ControllerLink:
         """Do what is due; returns when to call again."""
         if self.state in ("refused", "closed"):
             return inf
-        if now - self._ticked_s > self._lease.ttl_s / 2:
+        if now - self._asked_s > self._lease.ttl_s / 2:
             # This process was stopped for a while: what the controller said meanwhile is still in the socket.
             self._lease.heard_s = now
-        self._ticked_s = now
         if now >= self._due_s:
             if self.state == "registered":
                 self._beat(now)
@@ -142,19 +148,20 @@ class ControllerLink:
         if not self.silent and self._lease.expired(now):
             self.silent = True
             self._host.changed(self)
-        # Behind a pipe that takes nothing is either no connection, which libzmq keeps trying, or a queue that is full.
-        fresh_s = inf if self.blocked or self._draining else max(self._fresh_s, self._lease.heard_s + SILENT_TTLS * self._lease.ttl_s)
+        fresh_s = self._fresh_due_s()
         if now >= fresh_s:
             self._unregister("registering")
             self._host.fresh_socket(self)
             self._register(now)
-            fresh_s = self._fresh_s = now + self._random.uniform(*FRESH_SOCKET_S)
-        return min(self._due_s, fresh_s, inf if self.silent else self._lease.ends_s)
+            self._fresh_s = now + self._fresh_gap_s()
+            fresh_s = self._fresh_due_s()
+        self._asked_s = min(self._due_s, fresh_s, inf if self.silent else self._lease.ends_s)
+        return self._asked_s
 
     def writable(self, now: float) -> None:
         """The pipe takes messages again: the connection is back, or its queue has room."""
         self.blocked = False
-        self._fresh_s = now + self._random.uniform(*FRESH_SOCKET_S)
+        self._fresh_s = now + self._fresh_gap_s()
         self._due_s = now
         self._flush()
 
@@ -184,7 +191,7 @@ class ControllerLink:
         """Tell the controller that no more work is wanted. From now on the link does not register again."""
         if not self._draining:
             self._draining = True
-            self.post(self.epoch, encode(WorkerHead(DRAINING, self.epoch)), b"")
+            self._tell_draining()
             if self.state == "registering":
                 self._due_s = inf
 
@@ -247,6 +254,7 @@ class ControllerLink:
             self._unregister("registering")
             self.epoch = epoch
             self.controller = welcome.controller
+            self.message_bytes = welcome.message_bytes
             self.refusal = None
             self._lease.ttl_s = welcome.ttl_ms / 1000
             # It should know at once what other controllers have taken.
@@ -255,8 +263,7 @@ class ControllerLink:
             if self._ready_changed:
                 self._ready_changed = False
                 self.announce()
-            if self._draining:
-                self.post(epoch, encode(WorkerHead(DRAINING, epoch)), b"")
+            self._tell_draining()
 
     def _refused(self, now: float, refusal: Refused) -> None:
         if refusal.retry_after_ms is None:
@@ -274,6 +281,20 @@ class ControllerLink:
         self._register(now, epoch)
 
     # --- within -------------------------------------------------------------------------------
+
+    def _fresh_due_s(self) -> float:
+        """When to replace the connection, if nothing is heard until then."""
+        heard_s, ttl_s = self._lease.heard_s, self._lease.ttl_s
+        if self._draining:
+            return inf
+        if self._inproc:
+            # One that takes messages is good for whenever the controller binds again.
+            return max(self._fresh_s, heard_s + INPROC_FRESH_TTLS * ttl_s) if self.blocked else inf
+        # Behind a pipe that takes nothing is either no connection, which libzmq keeps trying, or a queue that is full.
+        return inf if self.blocked else max(self._fresh_s, heard_s + SILENT_TTLS * ttl_s)
+
+    def _fresh_gap_s(self) -> float:
+        return REGISTER_RETRY_S if self._inproc else self._random.uniform(*FRESH_SOCKET_S)
 
     def _register(self, now: float, number: int = 0) -> None:
         if self._draining:
@@ -295,6 +316,7 @@ class ControllerLink:
         self.epoch = 0
         self._outbox.clear()
         self.outbox_bytes = 0
+        self._told_draining = False
         self._become(state)
 
     def _become(self, state: str) -> None:
@@ -307,7 +329,13 @@ class ControllerLink:
         self.blocked = not sent
         return sent
 
+    def _tell_draining(self) -> None:
+        """Not by way of the outbox: whoever waits for that waits for answers only."""
+        if self._draining and not self._told_draining and self.state == "registered" and not self.silent:
+            self._told_draining = self._try(encode(WorkerHead(DRAINING, self.epoch)), b"")
+
     def _flush(self) -> None:
+        self._tell_draining()
         outbox = self._outbox
         while outbox and not self.silent and self._try(*outbox[0]):
             head, payload = outbox.popleft()

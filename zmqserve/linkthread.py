@@ -61,11 +61,12 @@ class _Port:
         self._send = raw_calls(self.socket)[1]
 
     def _try_send(self, head: bytes, payload: bytes) -> bool:
+        # When the connection breaks between the two, the second says so; libzmq has forgotten the first.
         try:
             self._send(head, SNDMORE)
+            self._send(payload, NOBLOCK)
         except zmq.Again:
             return False
-        self._send(payload, NOBLOCK)
         return True
 
 
@@ -79,7 +80,6 @@ class LinkThread(threading.Thread):
         super().__init__(name=f"{worker.name} links", daemon=True)
         config = worker.config
         self.worker = worker
-        self.message_bytes = config.limits.message_bytes
         self._outbox_bytes = config.outbox_bytes
         self.state = "loading"
         self.slots = 0
@@ -169,6 +169,8 @@ class LinkThread(threading.Thread):
             if self._finished():
                 return
             wait_s = 0.0 if self._frames else max(0.0, min(self._tick(), self._drain_ends_s) - time.monotonic())
+            if self._finished():
+                wait_s = 0.0
             if self._for_engine:
                 calls, self._for_engine = self._for_engine, []
                 self.engine.call(calls)
@@ -218,8 +220,10 @@ class LinkThread(threading.Thread):
     def _finished(self) -> bool:
         if self._stopping or self._now >= self._drain_ends_s:
             return True
-        waiting = self._open or self._frames or any(port.link.outbox_bytes for port in self._ports.values())
-        return self.state == "draining" and not waiting
+        if self.state != "draining" or self._open or self._frames:
+            return False
+        # Nobody takes what waits for a controller that is not there.
+        return not any(port.link.outbox_bytes for port in self._ports.values() if port.link.state == "registered" and not port.link.silent)
 
     def _close(self) -> None:
         for port in self._ports.values():
@@ -276,7 +280,8 @@ class LinkThread(threading.Thread):
             return False
         port = self._ports[link]
         if port.lane is None:
-            port.lane = Lane(link, link.epoch, self)
+            own_bytes = self.worker.config.limits.message_bytes
+            port.lane = Lane(link, link.epoch, self, min(own_bytes, link.message_bytes or own_bytes))
         self._open += 1
         if slot:
             if not self.running:
@@ -315,7 +320,8 @@ class LinkThread(threading.Thread):
         note = log.bind(worker=self.worker.name, controller=link.controller, endpoint=link.endpoint)
         refusal = link.refusal
         if link.silent:
-            note.warning("controller silent")
+            if self.state != "draining" and not self._stopping:
+                note.warning("controller silent")
         elif link.state == "registered":
             note.info("registered", state=self.state)
             if self.state == "ready":

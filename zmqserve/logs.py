@@ -6,14 +6,20 @@ configures nothing only warnings appear, on standard error.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import logging
 import sys
-from typing import Any
+import threading
+from collections import deque
+from typing import Any, BinaryIO, TextIO, cast
 
 import msgspec
 import structlog
 
+MOST_LINES = 10_000
+CLOSE_S = 1.0
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -39,10 +45,62 @@ def _quiet() -> Any:
     )
 
 
+class Lines:
+    """A file for loggers whose writes never block and never fail: a thread passes them on to `file`.
+
+    A reader that pauses (a pager, a full pipe) must not stop a controller, nor one that is gone end it. Up to MOST_LINES wait;
+    what comes beyond that is dropped, and said when there is room again.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._lines: deque[bytes] = deque()
+        self._dropped = 0
+        self._some = threading.Event()
+        self._ending = False
+        self._thread = threading.Thread(target=self._pass_on, name="zmqserve-log", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __repr__(self) -> str:
+        return f"Lines({len(self._lines)} waiting, {self._dropped} dropped)"
+
+    def write(self, text: str | bytes) -> int:
+        """Keep it for the thread."""
+        if len(self._lines) < MOST_LINES:
+            self._lines.append(text.encode(errors="replace") if isinstance(text, str) else text)
+        else:
+            self._dropped += 1
+        self._some.set()
+        return len(text)
+
+    def flush(self) -> None:
+        """The thread does that."""
+
+    def close(self) -> None:
+        """Give what waits a moment to leave."""
+        self._ending = True
+        self._some.set()
+        self._thread.join(CLOSE_S)
+
+    def _pass_on(self) -> None:
+        while not self._ending or self._lines:
+            self._some.wait()
+            self._some.clear()
+            if self._dropped and len(self._lines) < MOST_LINES:
+                dropped, self._dropped = self._dropped, 0
+                self._lines.append(f"zmqserve: {dropped} log lines were dropped: they are not read as fast as they come\n".encode())
+            parts = [self._lines.popleft() for _ in range(len(self._lines))]
+            with contextlib.suppress(OSError, ValueError):
+                self._file.write(b"".join(parts))
+                self._file.flush()
+
+
 def configure(level: str = "info", as_json: bool | None = None) -> None:
     """Log to standard error. `as_json` None: JSON unless standard error is a terminal. `level` is one of LEVELS."""
     if as_json is None:
         as_json = not sys.stderr.isatty()
+    lines = Lines(sys.stderr.buffer)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -52,14 +110,14 @@ def configure(level: str = "info", as_json: bool | None = None) -> None:
         structlog.configure(
             processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-            logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+            logger_factory=structlog.BytesLoggerFactory(cast("BinaryIO", lines)),
             cache_logger_on_first_use=True,
         )
     else:
         structlog.configure(
             processors=[*shared, structlog.dev.ConsoleRenderer(pad_event_to=18)],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
             cache_logger_on_first_use=True,
         )
 

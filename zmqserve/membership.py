@@ -11,7 +11,6 @@ from .flights import GONE, SENT, Flights
 from .liveness import BEATS_PER_TTL, Agenda
 from .registry import Pool, Registry, Worker
 
-MAX_MODELS_PER_WORKER = 1000
 MAX_TOLD = 10_000
 """Unknown workers remembered as told to register; each is told once per heartbeat, not once per message."""
 
@@ -59,7 +58,7 @@ class Membership:
         if again is not None:
             self.lose(again, "it registered again", now, clean=True)
         worker = Worker(identity, ready, self._new_epoch(), now)
-        welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version)
+        welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version, self.config.message_bytes)
         if self._send_worker(identity, m.encode(m.ControllerHead(m.WELCOME, worker.epoch)), m.encode(welcome)) != SENT:
             return
         self._told.pop(identity, None)
@@ -80,8 +79,6 @@ class Membership:
             raise ProtocolMismatch(f"this controller speaks protocol {m.PROTOCOL}, worker {ready.name} {ready.protocol}")
         if ready.state not in ("loading", "ready"):
             raise MalformedMessage(f"Ready.state must be loading or ready, got {ready.state!r}")
-        if len(ready.models) > MAX_MODELS_PER_WORKER:
-            raise RequestError(f"{len(ready.models)} models are over the limit of {MAX_MODELS_PER_WORKER} per worker")
         if self.controller_id in ready.controllers:
             raise RequestError(f"controller {self.controller_id} is below itself: a loop of --parent links")
         other = self.registry.by_name.get(ready.name)
@@ -101,7 +98,7 @@ class Membership:
             self.violation(now, worker.identity, error.message)
             return
         freed = worker.report(load)
-        hung = load.yours > 0 and load.step_age_ms > self.config.stall_s * 1000
+        hung = load.running > 0 and load.step_age_ms > self.config.stall_s * 1000
         if hung and worker.stalled_s is None:
             worker.stalled_s = now
             self.counters["stalled"] += 1

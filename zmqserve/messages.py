@@ -35,8 +35,16 @@ MAX_RID = 2**63 - 1
 MAX_NAME = 256
 """Longest model, worker or controller name, in characters."""
 
+MAX_PINGED = 100_000
+"""Most rids in one Ping, and so most requests that one client may have open."""
+MAX_MODELS = 1000
+"""Most models that one worker may serve."""
+MAX_LISTED = 100
+"""Most verbs, features or aliases of one model."""
+
 Rid: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_RID)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+Names: TypeAlias = Annotated[list[Name], Meta(max_length=MAX_LISTED)]
 Label: TypeAlias = Annotated[str, Meta(max_length=MAX_NAME)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Millis: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
@@ -133,9 +141,9 @@ class ModelCard(_Map, omit_defaults=True):
     name: Name
     fingerprint: Label = ""
     context_length: Count = 0
-    verbs: list[Name] = []
-    features: list[Name] = []
-    aliases: list[Name] = []
+    verbs: Names = []
+    features: Names = []
+    aliases: Names = []
     embedding_dim: Count = 0
     source: str = ""
 
@@ -290,7 +298,7 @@ class Ping(_Array, tag=10):
     """Sent every second while requests are open: a client silent for `ttl_ms` is given up. `rids`: those it has open."""
 
     ttl_ms: Millis
-    rids: list[Rid] = []
+    rids: Annotated[list[Rid], Meta(max_length=MAX_PINGED)] = []
 
 
 # --- controller -> client ----------------------------------------------------------------------
@@ -467,11 +475,11 @@ class Ready(_Array):
     name: Name
     backend: Label
     state: str
-    models: list[ModelCard]
+    models: Annotated[list[ModelCard], Meta(max_length=MAX_MODELS)]
     slots: Annotated[int, Meta(ge=0, le=1_000_000)]
     speed: Annotated[float, Meta(gt=0, le=1e9)]
     ttl_ms: Millis
-    controllers: list[Name] = []
+    controllers: Names = []
     version: Label = ""
 
 
@@ -485,12 +493,16 @@ class Load(_Array):
 
 
 class WorkerWelcome(_Array):
-    """Payload of WELCOME; the epoch is in its head. `ttl_ms`: give this controller up after that much silence."""
+    """Payload of WELCOME; the epoch is in its head. `ttl_ms`: give this controller up after that much silence.
+
+    `message_bytes`: a larger message drops the connection; 0: not told.
+    """
 
     protocol: int
     controller: Name
     ttl_ms: Millis
     version: Label = ""
+    message_bytes: Count = 0
 
 
 class Refused(_Array):

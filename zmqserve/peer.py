@@ -18,6 +18,9 @@ from .errors import ControllerLost, ControllerUnreachable, ProtocolMismatch, Zmq
 from .liveness import BEATS_PER_TTL, Agenda, Timer
 from .messages import PROTOCOL, Hello, Limits, Ping, Pong, Welcome, encode
 
+FIRST_PING_S = 0.1
+"""When a client that begins to ask says its ttl. A short request needs no Ping at all."""
+
 
 class State(Enum):
     """Where a client stands with its controller; drawn at the top of this module."""
@@ -110,8 +113,13 @@ class Peer:
         """Begin to expect answers: it has until a ttl from now."""
         self._watched_s = now
         self._asked_s = None
-        if self._beating is None:
-            self._beating = self._agenda.at(now + self._beat_s, self._beat)
+        # Soon, for the controller to know the ttl: it forgets a client without requests, and until a Ping it cannot tell a silent one
+        # from a patient one.
+        soon_s = now + min(FIRST_PING_S, self._beat_s)
+        if self._beating is None or self._beating.when_s > soon_s:
+            if self._beating is not None:
+                self._beating.cancel()
+            self._beating = self._agenda.at(soon_s, self._beat)
 
     def forget(self) -> None:
         """Back to the beginning; nothing is expected of anybody."""

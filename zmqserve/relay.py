@@ -24,6 +24,8 @@ from .sockets import NOBLOCK, SNDMORE, raw_calls
 
 MAX_ENVELOPE = 16
 """Routing ids before a client's payload: each proxy on the way adds one."""
+MAX_ROUTING_ID = 255
+"""Bytes of a routing id: libzmq's own limit."""
 FIRST_RETRY_S, LAST_RETRY_S = 0.001, 0.05
 
 
@@ -179,28 +181,31 @@ class Relay:
     def _resynchronise(self, now: float, unsure: tuple[bytes, bytes] | None, frames: list[bytes]) -> None:
         """Read on to a message's end, then pick out what is a message by its sender's epoch.
 
-        Who sent a frame too many or too few is fenced where that is certain; nobody else may lose anything by it.
+        Who sent a frame too many or too few is fenced where that is certain. Nobody else may lose anything by it: peers may choose
+        their routing ids, so frames that fit nowhere may be a stranger's as well as more of the last message.
         """
         broker = self.broker
         broker.counters["resynchronised"] += 1
         while self.workers.socket.getsockopt(zmq.RCVMORE):
             frames.append(self.workers.recv(NOBLOCK))
         guilty: bytes | None = None
-        if unsure is not None and unsure[1] in broker.registry.workers:
+        if unsure is None or (len(frames) > 1 and self._is_head_of(frames[0], frames[1])):
+            guilty = frames[0]  # in step where this message begins: who sent it sent its frames
+        elif unsure[1] in broker.registry.workers:
             guilty = unsure[0]  # what was taken for its payload is the next message's routing id
             frames.insert(0, unsure[1])
-        messages = list(self._messages_in(frames))
-        if unsure is None:
-            if len(frames) != 3:
-                guilty = frames[0]
-        elif not _is_routing_id(frames[0]) and (len(frames) == 1 or (messages and _is_routing_id(messages[0][0]))):
-            # Frames of the last message lie before the next one, or there is none. A peer that chose its own routing id
-            # cannot make this up to have another fenced: it knows neither the ids that libzmq gives nor others' epochs.
-            guilty = unsure[0]
-        for message in messages:
+        else:
+            self._suspect(unsure[0])
+        for message in self._messages_in(frames):
             broker.from_worker(now, *message)
         if guilty is not None:
             broker.members.violation(now, guilty, "its message had not exactly two frames")
+
+    def _suspect(self, identity: bytes) -> None:
+        """Ask where this worker's messages end from here on: if it sends a frame too many again, that is certain."""
+        for route in self.broker.flights.routes.values():
+            if route.identity == identity:
+                route.identity = b""
 
     def _messages_in(self, frames: list[bytes]) -> Iterator[tuple[bytes, bytes, bytes]]:
         place = 0
@@ -232,14 +237,16 @@ class Relay:
                 take(now, (identity,), frame.bytes)
                 continue
             envelope: list[bytes] = [identity]
+            fits = True
             while frame.more:
-                if len(envelope) <= MAX_ENVELOPE:
+                fits = fits and len(envelope) < MAX_ENVELOPE and len(frame) <= MAX_ROUTING_ID
+                if fits:
                     envelope.append(frame.bytes)
                 frame = recv(NOBLOCK, copy=False)
-            if len(envelope) > MAX_ENVELOPE:
-                self.broker.counters["dropped: too many frames"] += 1
-            else:
+            if fits:
                 take(now, tuple(envelope), frame.bytes)
+            else:
+                self.broker.counters["dropped: envelope too large"] += 1
 
     def send_client(self, envelope: Envelope, payload: bytes) -> int:
         """For the broker: a payload to the client with this envelope."""
@@ -262,8 +269,3 @@ class Relay:
         """When `flush` is due."""
         times = [when_s for port in (self.clients, self.workers) if (when_s := port.next_s()) is not None]
         return min(times, default=None)
-
-
-def _is_routing_id(frame: bytes) -> bool:
-    """Whether libzmq could have made it: a zero byte and 32 bits."""
-    return len(frame) == 5 and frame[0] == 0

@@ -97,7 +97,7 @@ def generate(model: str, prompt: Prompt, params: SamplingParams | None, sampling
 
 def embed(model: str, texts: Sequence[str], params: EmbedParams | None, options: Mapping[str, Any], routing: Routing) -> Embed:
     """The request for one vector per text."""
-    if isinstance(texts, str | bytes):
+    if isinstance(texts, str | bytes) or not _is_list(texts):
         raise _invalid("texts", texts, "a list of texts (put a single one into a list)")
     texts = list(texts)
     for position, text in enumerate(texts):
@@ -139,7 +139,7 @@ def drain(worker: str, grace_s: float | None) -> Drain:
 
 def conversation(messages: Sequence[Turn]) -> list[ChatMessage]:
     """Messages as the protocol says them. Keys other than role and content would change the answer, so they are not ignored."""
-    if isinstance(messages, str | bytes | Mapping):
+    if isinstance(messages, str | bytes | Mapping) or not _is_list(messages):
         raise _invalid("messages", messages, "a list of messages")
     return [_turn(position, turn) for position, turn in enumerate(messages)]
 
@@ -162,7 +162,7 @@ def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes 
     """The prompt in the field that is for its kind."""
     if isinstance(prompt, str):
         return prompt, None, None
-    if isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__len__"):
+    if isinstance(prompt, bytes) or not _is_list(prompt):
         raise _invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise InvalidParameter("prompt is empty: there is nothing to answer", data={"parameter": "prompt"})
@@ -172,6 +172,11 @@ def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes 
         return None, None, pack_ids(prompt)  # type: ignore[arg-type]
     except (TypeError, OverflowError):
         raise _invalid("prompt", prompt, "a text, a list of messages, or a list of token ids from 0 to 2**32 - 1") from None
+
+
+def _is_list(value: object) -> bool:
+    """Whether it has places that are counted: lists, tuples and arrays, but no mapping, set or generator."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping)
 
 
 def _turn(position: int, turn: object) -> ChatMessage:

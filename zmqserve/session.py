@@ -25,7 +25,24 @@ from .errors import (
     from_wire,
 )
 from .liveness import Agenda
-from .messages import Cancel, Chunk, Chunks, Done, Error, GoAway, Limits, Peek, Pong, ToClient, Welcome, decoder, encode
+from .messages import (
+    Cancel,
+    Chunk,
+    Chunks,
+    Done,
+    Drain,
+    Error,
+    GoAway,
+    Limits,
+    ListModels,
+    Peek,
+    Pong,
+    Status,
+    ToClient,
+    Welcome,
+    decoder,
+    encode,
+)
 from .peer import Peer, State, Wire
 
 DEADLINE_GRACE_S = 1.0
@@ -40,7 +57,7 @@ class Session:
 
     ttl_s: after so much silence while requests are open the controller is lost; also what this client declares for itself.
     connect_timeout_s: how long each endpoint may take to answer Hello.
-    buffer_bytes: what may lie unread in one stream; beyond it, it ends as SlowConsumer.
+    buffer_bytes: what may lie unread in one stream; beyond it, it ends as SlowConsumer. A chunk alone may be larger.
     `strays` counts messages for requests that are not open (late ones, mostly), `malformed` those that are not the protocol.
     """
 
@@ -109,7 +126,9 @@ class Session:
         call = Call(request, collect=collect)
         self.calls[call.rid] = call
         if timeout_s is not None:
-            call.timer = self._agenda.at(now + timeout_s + DEADLINE_GRACE_S, lambda _now: self._overdue(call, timeout_s))
+            # What says its deadline to nobody is ended here alone.
+            grace_s = 0.0 if isinstance(request, ListModels | Status | Drain) else DEADLINE_GRACE_S
+            call.timer = self._agenda.at(now + timeout_s + grace_s, lambda _now: self._overdue(call, timeout_s))
         self._outbox.append((call, payload))
         try:
             self._begin(now, call, alone=alone)
@@ -229,7 +248,7 @@ class Session:
             self._gap(call, chunk.seq)
         elif not 0 <= chunk.index < len(call.received) or len(chunk.token_ids) & 3:
             self._drop(call, MalformedMessage(f"chunk {chunk.seq} is of no such choice ({chunk.index}), or its token ids are cut"))
-        elif call.chunks is not None and call.unread_bytes + weight(chunk) > self._buffer_bytes:
+        elif call.chunks and call.unread_bytes + weight(chunk) > self._buffer_bytes:
             unread = f"{len(call.chunks)} chunks ({call.unread_bytes} bytes) of this stream wait to be read"
             self._drop(call, SlowConsumer(f"{unread}, the limit is {self._buffer_bytes}", data={"limit_bytes": self._buffer_bytes}))
         else:

@@ -76,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     count = args.replicas or max(1, len(gpus))
     controller = Controller(load_config(None, clients=args.clients, workers=args.workers, dispatch=args.dispatch))
     stopping, hurry = threading.Event(), threading.Event()
-    log = Logger("zmqserve.up")
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         if stopping.is_set():
@@ -87,17 +86,28 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     with controller:
         replicas = [Replica(n, _command(args, controller.worker_endpoints[0]), worker_environment(count, gpus, n)) for n in range(count)]
-        failed = 0
-        while not stopping.is_set():
-            now = time.monotonic()
-            ended = [code for replica in replicas if (code := replica.keep_running(now)) is not None]
-            if ended:
-                failed = max(ended, key=abs)
-                log.error("a worker ended: stopping the others", exit_code=failed)
-                break
-            stopping.wait(LOOK_S)
+        failed = _keep_running(replicas, stopping)
         _stop_all(replicas, args.grace, hurry)
     return 1 if failed else 0
+
+
+def _keep_running(replicas: list[Replica], stopping: threading.Event) -> bool:
+    """Until it is told to stop, no replica is left, or one failed for good, which is returned. A drained one is done: the others go on."""
+    log = Logger("zmqserve.up")
+    working = list(replicas)
+    while working and not stopping.is_set():
+        now = time.monotonic()
+        for replica in list(working):
+            code = replica.keep_running(now)
+            if code == 0:
+                working.remove(replica)
+                log.info("a worker was drained", replica=replica.number, left=len(working))
+            elif code is not None:
+                log.error("a worker failed: stopping the others", replica=replica.number, exit_code=code)
+                return True
+        if working:
+            stopping.wait(LOOK_S)
+    return False
 
 
 def _stop_all(replicas: list[Replica], grace_s: float, hurry: threading.Event) -> None:
@@ -126,7 +136,7 @@ def _command(args: argparse.Namespace, endpoint: str) -> list[str]:
             skip = True
         elif not argument.startswith(tuple(f"{name}=" for name in own)):
             kept.append(argument)
-    return [sys.executable, "-m", "zmqserve", "worker", *kept, "--controller", endpoint, "--exit-with-parent"]
+    return [sys.executable, "-m", "zmqserve", "worker", *kept, "--controller", endpoint, "--exit-with-parent", str(os.getpid())]
 
 
 def worker_environment(replicas: int, gpus: Sequence[str] = (), number: int = 0) -> dict[str, str]:
@@ -146,9 +156,13 @@ def _gpus(text: str | None) -> list[str]:
     return gpus
 
 
-def exit_with_parent() -> None:
-    """Leave when the process that started this one dies, however it dies: a killed `up` must not leave workers behind."""
-    parent = os.getppid()
+def exit_with_parent(parent: int) -> None:
+    """Leave when `parent`, the process that started this one, dies, however it dies: a killed `up` must not leave workers behind.
+
+    It may have died before this is called: the id is compared, since who is the parent by now is somebody else.
+    """
+    if os.getppid() != parent:
+        raise SystemExit(f"zmqserve: process {parent}, which started this worker, is gone")
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -29,7 +29,7 @@ from .admission import by_name
 from .answers import Job
 from .config import WORKER_ENDPOINT
 from .engine import Engine
-from .errors import InvalidParameter, Unsupported
+from .errors import InvalidParameter, Unsupported, ZmqserveError
 from .jobs import Delta, GenerateJob, Vectors
 from .linkthread import LinkThread
 from .logs import Logger
@@ -81,6 +81,12 @@ class WorkerConfig:
         ):
             if not good:
                 raise InvalidParameter(f"{name} must be {expected}, got {getattr(self, name)!r}", data={"parameter": name})
+        for name in ("model", "served_name", "name"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError:
+                text = f"{name} must be text that can be written as UTF-8, got {getattr(self, name)!r}"
+                raise InvalidParameter(text, data={"parameter": name}) from None
         for endpoint in controllers:
             check_endpoint(endpoint, bind=False)
 
@@ -272,6 +278,10 @@ class BaseModelWorker(ABC):
             cards = [self._completed(card) for card in self.load()]
             if not cards:
                 raise InvalidParameter(f"{type(self).__name__}.load returned no model card", data={"parameter": "models"})
+        except ZmqserveError as error:
+            log.error("load failed", worker=self.name, model=self.config.model, why=error.message)  # noqa: TRY400 - it says it all
+            self._fail(error)
+            return
         except BaseException as error:
             log.exception("load failed", worker=self.name, model=self.config.model)
             self._fail(error)

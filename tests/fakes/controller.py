@@ -43,6 +43,7 @@ class FakeController:
         self.epoch = 0
         self.worker = b""
         self.beats = True
+        self.message_bytes = 0
         self._epochs = 0
         self._beat_s = 0.0
         self.bind(endpoint)
@@ -121,7 +122,8 @@ class FakeController:
         """Take a worker in, under a new epoch."""
         self._epochs += 1
         self.worker, self.epoch = ready.identity, 1000 + self._epochs
-        self.send(m.ControllerHead(m.WELCOME, self.epoch), m.encode(m.WorkerWelcome(m.PROTOCOL, self.name, ttl_ms)))
+        welcome = m.WorkerWelcome(m.PROTOCOL, self.name, ttl_ms, message_bytes=self.message_bytes)
+        self.send(m.ControllerHead(m.WELCOME, self.epoch), m.encode(welcome))
 
     def register(self, *, timeout_s: float = 5.0, ttl_ms: int = 3000) -> m.Ready:
         """Welcome every READY until one says ``ready``; returns it."""

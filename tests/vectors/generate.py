@@ -260,7 +260,7 @@ EXAMPLES = [
     Example("head-reregister", m.ControllerHead(m.REREGISTER, 0)),
     Example("head-drain", m.ControllerHead(m.DRAIN, EPOCH, deadline_ms=30_000)),
     Example("worker-welcome-minimal", m.WorkerWelcome(1, "c0ffee", 3000)),
-    Example("worker-welcome-full", m.WorkerWelcome(1, "c0ffee", 3000, version="0.1.0")),
+    Example("worker-welcome-full", m.WorkerWelcome(1, "c0ffee", 3000, version="0.1.0", message_bytes=67_108_864)),
     Example("refused-minimal", m.Refused(40003, "")),
     Example("refused-full", m.Refused(40103, "a worker named echo-1 is registered", retry_after_ms=1000)),
 ]

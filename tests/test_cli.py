@@ -1,0 +1,72 @@
+"""What the command says, and its exit codes, when its surroundings are not as usual."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.broker import Broker, chunk, done
+from zmqserve import messages as m
+from zmqserve.cli import main
+
+from .processes import PATIENCE_S, zmqserve
+
+FULL = Path("/dev/full")
+
+
+def test_embed_without_numpy_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert main(["embed", "m", "x", "--controller", "tcp://127.0.0.1:1"]) == 1
+    assert (
+        capsys.readouterr().err == 'zmqserve: embed returns numpy arrays, and numpy is not installed: pip install "zmqserve[embeddings]"\n'
+    )
+
+
+def test_signs_that_the_terminal_does_not_have_are_replaced() -> None:
+    def answer(asked: m.Generate) -> list[object]:
+        return [done(asked.rid, 0, last=chunk(asked.rid, 0, "caf\u00e9"))]
+
+    with Broker(answer) as broker:
+        asked = zmqserve("ask", "m", "x", "--raw", "--controller", broker.endpoint, env={"PYTHONIOENCODING": "ascii"})
+    assert (asked.returncode, asked.stdout, asked.stderr) == (0, "caf?\n", "")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_full_is_one_sentence(unbuffered: str) -> None:
+    with Broker(lambda asked: [m.Models(asked.rid, [])]) as broker, FULL.open("w") as full:
+        command = [sys.executable, "-m", "zmqserve", "models", "--controller", broker.endpoint]
+        told = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE_S,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert (told.returncode, told.stderr) == (1, "zmqserve: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize("command", [["models"], ["status"], ["drain", "w"], ["ask", "m", "x"]])
+@pytest.mark.parametrize("value", ["nan", "-1", "0", "inf"])
+def test_a_timeout_that_is_none_is_a_usage_error(command: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, f"--timeout={value}", "--controller", "tcp://127.0.0.1:1"]) == 2
+    assert "timeout_s must be a number of seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["models"], ["status"], ["drain", "w"], ["ask", "m", "x"]])
+def test_the_timeout_holds_for_every_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A controller that answers nothing but Pings."""
+    with Broker() as broker:
+        assert main([*command, "--timeout", "0.2", "--controller", broker.endpoint]) == 1
+    assert capsys.readouterr().err == "zmqserve: no end came within the deadline of 0.2 s\n"
+
+
+def test_a_wrong_endpoint_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--controller", "tcp://*:5570"]) == 2
+    assert "'tcp://*:5570' is not a usable endpoint" in capsys.readouterr().err

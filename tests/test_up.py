@@ -1,0 +1,63 @@
+"""`zmqserve up`: what is decided about its workers, with programs in their place that only end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+
+from zmqserve.cli import main
+from zmqserve.up import MOST_YOUNG_DEATHS, Replica, exit_with_parent
+
+from .processes import PATIENCE_S, zmqserve
+
+
+def ended(code: int) -> Replica:
+    """A replica whose process has ended with this code."""
+    replica = Replica(0, [sys.executable, "-S", "-c", f"raise SystemExit({code})"], dict(os.environ))
+    assert replica.keep_running(time.monotonic()) is None
+    assert replica.process is not None
+    replica.process.wait(PATIENCE_S)
+    return replica
+
+
+def test_a_worker_that_was_drained_is_done() -> None:
+    assert ended(0).keep_running(time.monotonic()) == 0
+
+
+def test_a_worker_that_was_given_wrong_arguments_is_not_started_again() -> None:
+    assert ended(2).keep_running(time.monotonic()) == 2
+
+
+def test_a_worker_that_dies_young_is_given_up_after_some_tries() -> None:
+    replica, now = ended(7), time.monotonic()
+    for _ in range(MOST_YOUNG_DEATHS - 1):
+        assert replica.keep_running(now) is None
+        now += 60.0
+        assert replica.keep_running(now) is None
+        assert replica.process is not None
+        replica.process.wait(PATIENCE_S)
+    assert replica.keep_running(now) == 7
+
+
+def test_a_worker_whose_parent_is_gone_already_leaves_at_once() -> None:
+    with pytest.raises(SystemExit, match=f"process {os.getpid()}, which started this worker, is gone"):
+        exit_with_parent(os.getpid())
+    left = zmqserve("worker", "echo", "--model", "m", "--controller", "tcp://127.0.0.1:1", "--exit-with-parent", "1000000000")
+    assert left.returncode != 0
+    assert left.stderr == "zmqserve: process 1000000000, which started this worker, is gone\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--grace", "-5"), ("--grace", "nan"), ("--grace", "x"), ("--slots", "x"), ("--slots", "0"), ("--replicas", "1.5")],
+)
+def test_wrong_numbers_are_usage_errors_before_anything_starts(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["up", "echo", "--model", "m", option, value])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"zmqserve up: error: argument {option}: must be ")
+    assert repr(value) in told
