@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import io
 import math
 import os
 import signal
@@ -21,6 +19,7 @@ from .controller import Controller
 from .dispatch import POLICIES
 from .errors import ConnectionFailed, InvalidParameter, RequestError, ZmqserveError
 from .params import SamplingParams, build
+from .terminal import figures, printing, table
 from .worker import BaseModelWorker, WorkerConfig
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def models(args: argparse.Namespace) -> int:
             )
             for model in client.models()
         ]
-    _table(("MODEL", "STATE", "WORKERS", "RUNNING", "WAITING", "CONTEXT", "VERBS"), rows)
+    table(("MODEL", "STATE", "WORKERS", "RUNNING", "WAITING", "CONTEXT", "VERBS"), rows)
     return 0
 
 
@@ -170,7 +169,7 @@ def status(args: argparse.Namespace) -> int:
         )
         for each in state.workers
     ]
-    _table(("WORKER", "BACKEND", "STATE", "MODELS", "RUNNING", "SPEED", "FINISHED", "HEARD MS AGO"), rows)
+    table(("WORKER", "BACKEND", "STATE", "MODELS", "RUNNING", "SPEED", "FINISHED", "HEARD MS AGO"), rows)
     return 0
 
 
@@ -182,49 +181,10 @@ def drain(args: argparse.Namespace) -> int:
     return 0
 
 
-def figures(completion: object) -> str:
-    """One line about an answer: when it began, how fast it came, who gave it."""
-    timings, usage = completion.timings, completion.usage  # type: ignore[attr-defined]
-    spent_s = max(timings.total_ms - timings.first_ms, 1e-3) / 1000
-    rate = (usage.completion_tokens - 1) / spent_s if usage.completion_tokens > 1 else 0.0
-    return (
-        f"first token {timings.queue_ms + timings.first_ms:.1f} ms | {usage.completion_tokens} tokens at {rate:.1f} tokens/s | "
-        f"prompt {usage.prompt_tokens} tokens | worker {timings.worker}"
-    )
-
-
-def _printing(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The command, told in one sentence when what it prints cannot be written. What the terminal has no sign for becomes ``?``."""
-
-    @functools.wraps(run)
-    def printed(args: argparse.Namespace) -> int:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        try:
-            code = run(args)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            # What is still buffered would fail once more at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise ZmqserveError(f"the output cannot be written: {error.strerror or error}") from None
-        return code
-
-    return printed
-
-
 def _client(args: argparse.Namespace) -> Client:
     from .client import Client
 
     return Client(args.controller, timeout_s=args.timeout, connect_timeout_s=args.connect_timeout)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 # --- arguments ---------------------------------------------------------------------------------
@@ -278,7 +238,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _log_options(both)
     both.set_defaults(arguments=list(arguments))
 
-    query = command("ask", _printing(ask), "ask a model and stream its answer to the terminal")
+    query = command("ask", printing(ask), "ask a model and stream its answer to the terminal")
     query.add_argument("model", help="a name that `zmqserve models` lists")
     query.add_argument("prompt", help="the question; - reads it from standard input")
     query.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens")
@@ -289,16 +249,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     query.add_argument("--stats", action="store_true", help="print a line of figures to standard error at the end")
     _client_options(query)
 
-    vectors = command("embed", _printing(embed), "print the embedding of each text, a JSON array a line")
+    vectors = command("embed", printing(embed), "print the embedding of each text, a JSON array a line")
     vectors.add_argument("model", help="a name that `zmqserve models` lists")
     vectors.add_argument("texts", nargs="+", metavar="TEXT")
     _client_options(vectors)
 
-    _client_options(command("models", _printing(models), "list the models that are served"))
-    state = command("status", _printing(status), "show the controller's workers, models and queues")
+    _client_options(command("models", printing(models), "list the models that are served"))
+    state = command("status", printing(status), "show the controller's workers, models and queues")
     state.add_argument("--json", action="store_true", help="everything, as JSON")
     _client_options(state)
-    leave = command("drain", _printing(drain), "let a worker finish what it runs, give it nothing new, and let it go")
+    leave = command("drain", printing(drain), "let a worker finish what it runs, give it nothing new, and let it go")
     leave.add_argument("worker", help="a name that `zmqserve status` lists")
     leave.add_argument("--grace", type=float, metavar="S", help="seconds until the rest of its requests move (default: the controller's)")
     _client_options(leave)

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli import figures
 from .client import Client
 from .controller import Controller
 from .errors import ZmqserveError
+from .terminal import figures
 from .up import worker_environment
 
 MODEL = "smollm2-135m"
