@@ -83,6 +83,7 @@ class Broker:
         self.counters = self.flights.counters
         self.endpoints: tuple[list[str], list[str]] = ([], [])
         self.outbox_bytes: Callable[[], int] = lambda: 0
+        self.outbox_drops: Callable[[], int] = lambda: 0
         self._send_client, self._send_worker = send_client, send_worker
         self._ticked_s = now
         self._needs = {tag: Need(verb) for tag, verb in m.VERBS.items()}

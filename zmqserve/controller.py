@@ -120,6 +120,7 @@ class Controller:
         )
         broker.endpoints = (self.client_endpoints, self.worker_endpoints)
         broker.outbox_bytes = lambda: clients.waiting_bytes + workers.waiting_bytes
+        broker.outbox_drops = lambda: clients.dropped + workers.dropped
         ends = {"clients": self.client_endpoints, "workers": self.worker_endpoints}
         self._report("controller up", controller=self.id, **ends, dispatch=config.dispatch)
         return Relay(broker, clients, workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from .messages import PROTOCOL, ControllerStatus, ModelStatus, WorkerStatus
@@ -29,7 +30,7 @@ def snapshot(broker: Broker, now: float) -> ControllerStatus:
         running=flights.running,
         waiting=sum(len(pool.waiting) for pool in registry.pools.values()),
         outbox_bytes=broker.outbox_bytes(),
-        counters=dict(sorted(flights.counters.items())),
+        counters=dict(sorted((flights.counters | Counter({"dropped: outbox full": broker.outbox_drops()})).items())),
     )
 
 
