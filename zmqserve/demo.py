@@ -5,6 +5,7 @@ The same by hand, in three terminals: README.md.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def _show(question: str, folder: Path) -> int:
         print(f"controller: clients on {controller.client_endpoints[0]}, workers on {controller.worker_endpoints[0]}")
         print(f"workers:    {WORKERS} starting; importing torch and loading {MODEL} takes some seconds ...", flush=True)
         logs = [(folder / f"worker{number}.log").open("wb+") for number in range(WORKERS)]
-        command = [sys.executable, "-m", "zmqserve", "worker", "transformers", "--model", MODEL, "--exit-with-parent"]
+        command = [sys.executable, "-m", "zmqserve", "worker", "transformers", "--model", MODEL, "--exit-with-parent", str(os.getpid())]
         command += ["--controller", controller.worker_endpoints[0]]
         shared = worker_environment(WORKERS)
         workers = [subprocess.Popen([*command, "--worker-name", f"demo-{n}"], stderr=log, env=shared) for n, log in enumerate(logs)]
