@@ -8,7 +8,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from random import Random
 from types import TracebackType
@@ -21,6 +20,7 @@ from .broker import Broker
 from .config import ControllerConfig, load_config
 from .logs import Logger
 from .relay import Port, Relay
+from .release import installed_version
 from .sockets import Binding, SocketLimits, raise_descriptor_limit, router
 
 log = Logger("zmqserve.controller")
@@ -110,7 +110,7 @@ class Controller:
         broker = Broker(
             config,
             controller_id=self.id,
-            version=_version(),
+            version=installed_version(),
             send_client=lambda envelope, payload: clients.send(*envelope, payload),
             send_worker=workers.send,
             report=self._report,
@@ -210,10 +210,3 @@ class Controller:
 
 def _log(event: str, **fields: object) -> None:
     log.info(event, **fields)
-
-
-def _version() -> str:
-    try:
-        return version("zmqserve")
-    except PackageNotFoundError:
-        return "0"

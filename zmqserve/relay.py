@@ -18,7 +18,6 @@ import zmq
 
 from . import messages as m
 from .broker import Broker
-from .flight import Envelope
 from .flights import FULL, GONE, SENT
 from .sockets import NOBLOCK, SNDMORE, raw_calls
 
@@ -247,14 +246,6 @@ class Relay:
                 take(now, tuple(envelope), frame.bytes)
             else:
                 self.broker.counters["dropped: envelope too large"] += 1
-
-    def send_client(self, envelope: Envelope, payload: bytes) -> int:
-        """For the broker: a payload to the client with this envelope."""
-        return self.clients.send(*envelope, payload)
-
-    def send_worker(self, identity: bytes, head: bytes, payload: bytes) -> int:
-        """For the broker: a message to a worker."""
-        return self.workers.send(identity, head, payload)
 
     def flush(self, now: float) -> None:
         """Try again what waits in outboxes, and tell the broker who is gone."""

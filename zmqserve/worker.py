@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
 
@@ -34,6 +33,7 @@ from .jobs import Delta, GenerateJob, Vectors
 from .linkthread import LinkThread
 from .logs import Logger
 from .messages import MAX_NAME, PROTOCOL, CountTokens, Embed, ModelCard, ModelDetails, Ready
+from .release import installed_version
 from .sockets import SocketLimits, check_endpoint
 
 log = Logger("zmqserve.worker")
@@ -269,7 +269,7 @@ class BaseModelWorker(ABC):
         name = self.model_name
         cards = self.cards or ([ModelCard(name)] if name else [])
         ttl_ms = max(1, int(self.config.ttl_s * 1000))
-        return Ready(PROTOCOL, self.name, self.backend, state, cards, slots, self.config.speed, ttl_ms, version=_version())
+        return Ready(PROTOCOL, self.name, self.backend, state, cards, slots, self.config.speed, ttl_ms, version=installed_version())
 
     # --- within -----------------------------------------------------------------------------------
 
@@ -341,11 +341,3 @@ class BaseModelWorker(ABC):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-
-
-@functools.cache
-def _version() -> str:
-    try:
-        return metadata.version("zmqserve")
-    except metadata.PackageNotFoundError:
-        return ""
