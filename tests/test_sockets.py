@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket as plain
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import zmq
 
 from zmqserve.errors import BindFailed, InvalidEndpoint
-from zmqserve.sockets import MAX_IPC_PATH, Binding, SocketLimits, check_endpoint, dealer, raise_descriptor_limit, router
+from zmqserve.sockets import MAX_IPC_PATH, Binding, Monitor, SocketLimits, check_endpoint, dealer, raise_descriptor_limit, router
 
 
 class Sockets:
@@ -170,3 +172,27 @@ def test_no_socket_has_an_identity_or_lingers(sockets: Sockets) -> None:
 
 def test_the_descriptor_limit_is_the_highest_allowed() -> None:
     assert raise_descriptor_limit() == raise_descriptor_limit() > 0
+
+
+def test_a_monitor_tells_that_a_connection_broke() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    server = router(context, SocketLimits())
+    bound = Binding(server, "tcp://127.0.0.1:*")
+    client = dealer(context, bound.endpoint, SocketLimits(), immediate=True)
+    monitor = Monitor(client)
+    try:
+        assert client.poll(5000, zmq.POLLOUT)
+        assert monitor.take() == 0
+        server.close(linger=0)
+        poller = select.poll()
+        poller.register(monitor.fd, select.POLLIN)
+        ends_s = time.monotonic() + 5
+        while not (broken := monitor.take()) and time.monotonic() < ends_s:
+            poller.poll(100)
+        assert broken == 1
+        assert monitor.take() == 0
+    finally:
+        monitor.close()
+        client.close(linger=0)
+        server.close(linger=0)
+        context.term()

@@ -22,6 +22,7 @@ from .messages import (
     ControllerHead,
     Done,
     Error,
+    FirstChunk,
     Generate,
     Reply,
     Timings,
@@ -151,10 +152,23 @@ class Job(GenerateJob):
     callback for all jobs: see `BaseModelWorker.begin`.
     """
 
-    __slots__ = ("_first_s", "_gather", "_last", "_parts", "_reasons", "_rid", "_seq", "_unfinished", "answer", "completion_tokens")
+    __slots__ = (
+        "_fingerprint",
+        "_first_s",
+        "_gather",
+        "_last",
+        "_parts",
+        "_reasons",
+        "_rid",
+        "_seq",
+        "_unfinished",
+        "answer",
+        "completion_tokens",
+    )
 
-    def __init__(self, request: Generate, answer: Answer, deadline_s: float | None) -> None:
+    def __init__(self, request: Generate, answer: Answer, deadline_s: float | None, fingerprint: str) -> None:
         super().__init__(request, deadline_s)
+        self._fingerprint = fingerprint
         resume = request.resume
         self.answer = answer
         self.completion_tokens = len(resume.token_ids) // 4 if resume is not None else 0
@@ -232,7 +246,7 @@ class Job(GenerateJob):
                 lane = gather.lane
                 if lane.alive:
                     head = WorkerHead(FIRST, lane.epoch, answer.head.client, answer.head.rid)
-                    payload = encoded(chunk)
+                    payload = encoded(self._opening(chunk))
                     answer.check_size(len(payload))
                     lane.post(encode(head), payload)
                     lane.out.wake()
@@ -241,6 +255,9 @@ class Job(GenerateJob):
             self._parts[chunk.index].append(chunk)
         elif self._last is not chunk:
             raise RuntimeError(f"a delta of choice {chunk.index} after the last finish_reason")
+
+    def _opening(self, chunk: Chunk) -> FirstChunk:
+        return FirstChunk(chunk.rid, chunk.seq, chunk.index, chunk.text, chunk.token_ids, chunk.logprobs, self._fingerprint)
 
     def _finished(self, delta: Delta) -> bool:
         if self._reasons[delta.index] is not None:

@@ -123,7 +123,7 @@ class Engine(threading.Thread):
                 deadline_s = arrived_s + head.deadline_ms / 1000
                 answer.timer = self._loop.call_at(deadline_s, self.stop, answer, "deadline")
             if isinstance(request, Generate):
-                self._worker.begin(Job(request, answer, deadline_s))
+                self._worker.begin(Job(request, answer, deadline_s, card.fingerprint))
             else:
                 self.spawn(answer, self._answer_once, answer, request, card)
         except Exception as error:  # noqa: BLE001 - whatever a backend raises is this request's

@@ -135,7 +135,9 @@ class ModelCard(_Map, omit_defaults=True):
 
     `fingerprint` stands for tokenizer + weights + dtype: equal ones give equal tokens. `verbs` are what may be asked
     (``generate chat embed count_tokens model_details``), `features` what may be asked of them (``resume``, ``logprobs``, ...).
-    `context_length` is in tokens, prompt and completion together; 0 when there is no bound.
+    `context_length` is in tokens, prompt and completion together; 0 when there is no bound. `resume`, with the feature of that name:
+    how an answer goes on elsewhere, by parameter that is not at its default (``greedy`` and ``sampling`` for temperature 0 and above):
+    ``exact``, ``approximate`` or ``refused``; exact for what is not named.
     """
 
     name: Name
@@ -146,6 +148,7 @@ class ModelCard(_Map, omit_defaults=True):
     aliases: Names = []
     embedding_dim: Count = 0
     source: str = ""
+    resume: dict[Label, Label] = {}
 
 
 class Limits(_Map, omit_defaults=True):
@@ -335,6 +338,13 @@ class Chunk(_Array, tag=36):
     text: str
     token_ids: bytes
     logprobs: list[TokenLogprob] | None = None
+
+
+class FirstChunk(Chunk, tag=36):
+    """A Chunk as a reader takes it, and as a worker sends the first of an answer (a resumed one too): with `fingerprint`, which
+    stands for the model that makes the answer and is what a resume must ask for. Later chunks leave it out."""
+
+    fingerprint: str | None = None
 
 
 class Chunks(_Array, tag=37):
@@ -540,7 +550,7 @@ class RequestHeader(_Array):
 Request: TypeAlias = Generate | Embed | CountTokens | ModelDetails
 FromClient: TypeAlias = Request | Hello | ListModels | Status | Drain | Cancel | Ping
 ToClient: TypeAlias = (
-    Welcome | Pong | GoAway | Chunk | Chunks | Done | Reply | Embedding | Tokens | Details | Models | StatusReply | DrainReply | Error
+    Welcome | Pong | GoAway | FirstChunk | Chunks | Done | Reply | Embedding | Tokens | Details | Models | StatusReply | DrainReply | Error
 )
 
 VERBS: Mapping[int, str] = {2: "generate", 3: "embed", 4: "count_tokens", 5: "model_details"}

@@ -32,6 +32,7 @@ from .messages import (
     Done,
     Drain,
     Error,
+    FirstChunk,
     GoAway,
     Limits,
     ListModels,
@@ -162,7 +163,7 @@ class Session:
         if kind is Chunks:
             for chunk in message.chunks:
                 self._on_chunk(chunk)
-        elif kind is Chunk:
+        elif kind is FirstChunk:
             self._on_chunk(message)
         elif (handle := self._on.get(kind)) is not None:
             handle(now, message)
