@@ -183,6 +183,7 @@ class Monitor:
     def close(self) -> None:
         """Let go of it; before its socket is closed."""
         self._socket.disable_monitor()
+        self._events.close()
 
 
 def _common(socket: zmq.Socket[bytes], limits: SocketLimits) -> None:
