@@ -15,14 +15,16 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from itertools import count
 from typing import ClassVar, NoReturn, Self
 
 from zmqserve.answers import Job
 from zmqserve.errors import ContextOverflow, InvalidParameter
 from zmqserve.jobs import Delta, GenerateJob, Vectors
-from zmqserve.messages import CountTokens, Embed, Generate, ModelCard, unpack_ids
+from zmqserve.messages import CountTokens, Embed, Generate, ModelCard, Resume, pack_ids, unpack_ids
+from zmqserve.params import SamplingParams
+from zmqserve.resuming import invalid, reread
 from zmqserve.stopping import StopMatcher
 from zmqserve.worker import BaseModelWorker, WorkerConfig
 
@@ -46,6 +48,7 @@ class EchoWorker(BaseModelWorker):
         | {"temperature", "top_p", "top_k", "min_p", "seed", "skip_special_tokens"}
         | {"dimensions", "normalize", "truncate_tokens"}
     )
+    resumes: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -99,7 +102,6 @@ class EchoWorker(BaseModelWorker):
             fingerprint="echo-1",
             context_length=self.context_length,
             verbs=["generate", "chat", "embed", "count_tokens", "model_details"],
-            features=["resume"],
             embedding_dim=self.dimensions,
             source="echo",
         )
@@ -107,8 +109,9 @@ class EchoWorker(BaseModelWorker):
 
     async def generate(self, job: GenerateJob) -> AsyncIterator[Delta]:
         steps = self._steps(job)
-        if self.delay_first_s and job.request.resume is None:
-            await asyncio.sleep(self.delay_first_s)
+        resume = job.request.resume
+        begun = resume is not None and resume.token_ids
+        await asyncio.sleep(self.delay_per_token_s if begun else self.delay_first_s)
         for deltas in steps:
             for delta in deltas:
                 yield delta
@@ -154,36 +157,34 @@ class EchoWorker(BaseModelWorker):
 
     def _steps(self, job: GenerateJob) -> Iterator[Sequence[Delta]]:
         """The deltas of each token: one for each choice."""
-        request = job.request
+        request, params = job.request, job.request.params
         words = _words(request)
         job.prompt_tokens = len(words)
         length, reason = self._length(request, len(words))
-        made, matchers, texts = _begun(request, words)
-        if made >= length or matchers[0].stopped:
-            yield (Delta(texts[0] + matchers[0].flush(), finish_reason="stop" if matchers[0].stopped else reason),)
-            return
-        stop_ids = frozenset(request.params.stop_token_ids)
-        plain = not (request.params.stop or stop_ids or self.faults) and len(matchers) == 1
+        choices = [_Choice(params, words, length, reason) for _ in range(params.n)]
+        prompt = " ".join(words) + " " if params.echo else ""
+        late = [prompt] * params.n
+        made = 0
+        if request.resume is not None:
+            made = _check_ids(request.resume)
+            late[0], finish = reread(request.resume, choices[0].read, prompt)
+            if finish is not None:
+                yield (Delta(late[0], finish_reason=finish),)
+                return
+        plain = not (params.stop or params.stop_token_ids or self.faults) and len(choices) == 1
         for k in range(made, length):
             word = words[k % len(words)]
-            text = " " + word if k else word
             if plain and made < k < length - 1:
-                yield (Delta(text, (k,)),)
+                yield (Delta(" " + word, (k,)),)
                 continue
             if self.faults and word in _FAULTS:
                 _FAULTS[word]()
-            stopped_by_id = k in stop_ids and k >= request.params.min_tokens
             deltas = []
-            for index, matcher in enumerate(matchers):
-                leaves, stopped = matcher.feed("" if stopped_by_id else text)
-                finish = reason if k == length - 1 else None
-                if stopped or stopped_by_id:
-                    finish = "stop"
-                if finish is not None:
-                    leaves += matcher.flush()
-                if texts[index]:
-                    leaves, texts[index] = texts[index] + leaves, ""
-                deltas.append(Delta(leaves, (k,), index, None, finish))
+            for index, choice in enumerate(choices):
+                text, finish = choice.read(k)
+                if late[index]:
+                    text, late[index] = late[index] + text, ""
+                deltas.append(Delta(text, (k,), index, None, finish))
             yield deltas
             if deltas[-1].finish_reason is not None:
                 return
@@ -242,17 +243,36 @@ def _words(request: Generate | CountTokens) -> list[str]:
     return words
 
 
-def _begun(request: Generate, words: list[str]) -> tuple[int, list[StopMatcher], list[str]]:
-    """How many tokens are made already, and for each choice a matcher and the text that must leave first."""
-    params = request.params
-    prompt = " ".join(words) + " " if params.echo else ""
-    if request.resume is None:
-        return 0, [StopMatcher(params.stop) for _ in range(params.n)], [prompt] * params.n
-    made = len(request.resume.token_ids) // 4
-    delivered = request.resume.characters
-    answer = " ".join(words[k % len(words)] for k in range(made))
-    matcher = StopMatcher(params.stop, generated=answer, delivered=max(0, delivered - len(prompt)))
-    return made, [matcher], [prompt[delivered:]]
+class _Choice:
+    """Reads one choice's tokens, one after another: the text that may leave with each, and why the answer ends with it, if it does."""
+
+    def __init__(self, params: SamplingParams, words: list[str], length: int, reason: str) -> None:
+        self._words = words
+        self._last = length - 1
+        self._reason = reason
+        self._min_tokens = params.min_tokens
+        self._stop_ids = frozenset(params.stop_token_ids)
+        self._matcher = StopMatcher(params.stop)
+
+    def read(self, k: int) -> tuple[str, str | None]:
+        word = self._words[k % len(self._words)]
+        text = " " + word if k else word
+        finish = self._reason if k == self._last else None
+        if k < self._min_tokens:
+            return text, finish
+        ended = k in self._stop_ids
+        text, stopped = self._matcher.feed("" if ended else text)
+        if stopped or ended:
+            finish = "stop"
+        return (text, None) if finish is None else (text + self._matcher.flush(), finish)
+
+
+def _check_ids(resume: Resume) -> int:
+    """How many ids were received. They can only be 0, 1, 2, ..."""
+    made = len(resume.token_ids) // 4
+    if resume.token_ids != pack_ids(range(made)):
+        raise invalid(f"token_ids must be 0 to {made - 1} here, in order: they are no beginning of this answer")
+    return made
 
 
 def _vector(text: str, dimensions: int, *, unit: bool) -> list[float]:

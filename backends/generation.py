@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from zmqserve.jobs import Delta
+from zmqserve.messages import Resume, unpack_ids
 from zmqserve.params import SamplingParams
+from zmqserve.resuming import reread
 from zmqserve.stopping import StopMatcher
 
 from .checkpoint import Checkpoint
 from .detokenize import Detokenizer
+from .sampling import Sampler
 
 PROMPT_PIECE = 512
 """Tokens of a prompt that are taken in one step: a long prompt keeps others waiting for a piece, not for the whole."""
-
-_GREEDY_BELOW = 1e-5
-"""A lower temperature is greedy: logits divided by it would overflow."""
-
-
-class Sampler:
-    """Chooses the next token with transformers' own processors, in its own order. Draws from a generator of its own,
-    so that what others ask for meanwhile doesn't change the outcome of a `seed`."""
-
-    def __init__(self, params: SamplingParams, prompt_tokens: int, ends: Collection[int], device: torch.device) -> None:
-        name = str(device)
-        processors = LogitsProcessorList()
-        if params.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        if params.min_tokens and ends:
-            processors.append(MinNewTokensLengthLogitsProcessor(prompt_tokens, params.min_tokens, sorted(ends), name))
-        self.greedy = params.temperature < _GREEDY_BELOW
-        if not self.greedy:
-            if params.temperature != 1.0:
-                processors.append(TemperatureLogitsWarper(float(params.temperature)))
-            if params.top_k:
-                processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1.0:
-                processors.append(TopPLogitsWarper(float(params.top_p)))
-            if params.min_p > 0.0:
-                processors.append(MinPLogitsWarper(float(params.min_p)))
-        # transformers asks for its own alias of Tensor.
-        self._processors: Callable[[Any, Any], torch.Tensor] = processors
-        self._generator = torch.Generator(device)
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
-
-    def pick(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
-        """The next token after `ids` (1, n), from `logits` (1, vocabulary)."""
-        scores = self._processors(ids, logits)
-        if self.greedy:
-            return int(scores.argmax(dim=-1))
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
 
 
 class Generation:
     """Makes an answer of at most `max_tokens` tokens (None: until it ends by itself) to the ids `prompt`, a token a step.
 
     `echo` is text that comes before the answer. The token that ends the answer is among the ids and has no text.
+    `resume`: go on after what was received of it already, which is taken like a prompt. Raises InvalidParameter if that cannot be.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, prompt: Sequence[int], params: SamplingParams, max_tokens: int | None, echo: str = ""
+        self,
+        checkpoint: Checkpoint,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int | None,
+        *,
+        echo: str = "",
+        resume: Resume | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else checkpoint.eos)
@@ -83,10 +45,16 @@ class Generation:
         self._stop = StopMatcher(params.stop)
         self._min_tokens = params.min_tokens
         self._max_tokens = max_tokens
-        self._echo = echo
-        self._ids = torch.tensor([list(prompt)], device=checkpoint.device)
-        self._taken = 0
         self._made = 0
+        # Text that leaves with the next token.
+        self._late = echo
+        self._complete: str | None = None
+        received: list[int] = []
+        if resume is not None:
+            received = unpack_ids(resume.token_ids)
+            self._late, self._complete = reread(resume, self._read, echo)
+        self._ids = torch.tensor([[*prompt, *received]], device=checkpoint.device)
+        self._taken = 0
         self._cache: Any = None
 
     def __repr__(self) -> str:
@@ -95,6 +63,8 @@ class Generation:
     @torch.inference_mode()
     def step(self) -> Delta | None:
         """Take a piece of the prompt, or the last token, and make the next. None while there is more of the prompt."""
+        if self._complete is not None:
+            return Delta(self._late, finish_reason=self._complete)
         piece = self._ids[:, self._taken : self._taken + PROMPT_PIECE]
         logits, self._cache = self._checkpoint.forward(piece, self._cache)
         self._taken += piece.shape[1]
@@ -102,14 +72,13 @@ class Generation:
             return None
         token_id = self._sampler.pick(self._ids, logits)
         self._ids = torch.cat([self._ids, self._ids.new_tensor([[token_id]])], dim=1)
-        self._made += 1
         text, reason = self._read(token_id)
-        if self._echo:
-            text, self._echo = self._echo + text, ""
+        text, self._late = self._late + text, ""
         return Delta(text, (token_id,), finish_reason=reason)
 
     def _read(self, token_id: int) -> tuple[str, str | None]:
-        """The text that may leave, and why the answer ends with this token if it does."""
+        """The answer's next token: the text that may leave with it, and why the answer ends with it, if it does."""
+        self._made += 1
         reason = None
         if token_id in self._ends:
             reason, piece = "stop", ""
@@ -119,8 +88,8 @@ class Generation:
                 reason = "length"
         if reason is not None:
             piece += self._text.flush()
-        if self._made <= self._min_tokens and reason is None:
-            return piece, None
+        if self._made <= self._min_tokens:
+            return piece, reason
         text, stopped = self._stop.feed(piece)
         if stopped:
             return text, "stop"

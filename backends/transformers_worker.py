@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -42,6 +42,7 @@ class ModelWorker(BaseModelWorker):
     """
 
     backend: ClassVar[str] = "transformers"
+    resumes: ClassVar[Mapping[str, str]] = {"sampling": "approximate"}
     honours: ClassVar[frozenset[str]] = frozenset(
         {
             "echo",
@@ -130,6 +131,8 @@ class ModelWorker(BaseModelWorker):
         self._steps = StepLoop(f"{self.name} steps")
         self._steps.start()
         log.info("loaded", model=self.model_name, device=str(loaded.device), dtype=str(loaded.model.dtype), threads=torch.get_num_threads())
+        # The same ids taken in other pieces give logits with other last bits. In float32 these decide nothing but ties.
+        repeats = loaded.model.dtype == torch.float32
         chat = ["chat"] if loaded.tokenizer.chat_template else []
         return [
             ModelCard(
@@ -138,6 +141,7 @@ class ModelWorker(BaseModelWorker):
                 context_length=loaded.context_length,
                 verbs=["generate", *chat, "count_tokens", "model_details"],
                 source=self.config.model,
+                resume={} if repeats else {"greedy": "approximate", "seed": "approximate"},
             )
         ]
 
@@ -180,6 +184,9 @@ class ModelWorker(BaseModelWorker):
 
         checkpoint, _, _ = self._loaded_parts()
         request, params = job.request, job.request.params
+        resume = request.resume
+        if resume is not None:
+            self._known(resume.token_ids, "resume.token_ids")
         prompt = self._encode(request)
         job.prompt_tokens = len(prompt)
         max_tokens = _room(len(prompt), params.max_tokens, checkpoint.context_length)
@@ -187,23 +194,31 @@ class ModelWorker(BaseModelWorker):
         if params.echo:
             skipped = checkpoint.special_ids if params.skip_special_tokens else ()
             echo = request.prompt or checkpoint.decode([i for i in prompt if i not in skipped])
-        return Generation(checkpoint, prompt, params, max_tokens, echo)
+        return Generation(checkpoint, prompt, params, max_tokens, echo=echo, resume=resume)
 
     def _encode(self, request: Generate | CountTokens) -> list[int]:
         """The prompt's ids, with the special tokens or the chat template that the model expects."""
         checkpoint, _, _ = self._loaded_parts()
-        if isinstance(request, Generate) and request.token_ids is not None:
-            ids = unpack_ids(request.token_ids)
-            if max(ids) >= checkpoint.embeddings:
-                message = f"token_ids holds {max(ids)}, but the model's ids end at {checkpoint.embeddings - 1}"
-                raise InvalidParameter(message, data={"parameter": "token_ids"})
-            return ids
+        if isinstance(request, Generate):
+            if request.resume is not None and request.resume.prompt_token_ids is not None:
+                return self._known(request.resume.prompt_token_ids, "resume.prompt_token_ids")
+            if request.token_ids is not None:
+                return self._known(request.token_ids, "token_ids")
         if request.messages is not None:
             ids = checkpoint.encode_chat([{"role": turn.role, "content": turn.content} for turn in request.messages])
         else:
             ids = checkpoint.encode(request.prompt or "")
         if not ids:
             raise InvalidParameter("the prompt has no tokens: there is nothing to answer", data={"parameter": "prompt"})
+        return ids
+
+    def _known(self, packed: bytes, name: str) -> list[int]:
+        """Ids that the model knows; InvalidParameter, which names the field, for others."""
+        checkpoint, _, _ = self._loaded_parts()
+        ids = unpack_ids(packed)
+        if max(ids, default=0) >= checkpoint.embeddings:
+            message = f"{name} holds {max(ids)}, but the model's ids end at {checkpoint.embeddings - 1}"
+            raise InvalidParameter(message, data={"parameter": name})
         return ids
 
 

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 PATIENCE_S = 20.0
 """What anything may take on a busy machine before a test gives up on it."""
+CAME = ("worker came", "worker changed")
+"""What a controller logs when a worker is ready: that it was loading before, or not."""
 
 
 class Served:
@@ -50,8 +52,9 @@ class Served:
                 self._lines.put(json.loads(text))
         self._lines.put(None)
 
-    def wait_for(self, event: str, within_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
-        """The next log line with this event and these fields; lines before it are passed over."""
+    def wait_for(self, event: str | tuple[str, ...], within_s: float = PATIENCE_S, **fields: Any) -> dict[str, Any]:
+        """The next log line with this event (or one of these) and these fields; lines before it are passed over."""
+        events = (event,) if isinstance(event, str) else event
         until = time.monotonic() + within_s
         while True:
             try:
@@ -60,7 +63,7 @@ class Served:
                 raise AssertionError(f"{self.arguments}: no {event!r} {fields} within {within_s} s; log:\n{''.join(self.output)}") from None
             if line is None:
                 raise AssertionError(f"{self.arguments} ended before {event!r} {fields}; log:\n{''.join(self.output)}")
-            if line.get("event") == event and all(line.get(name) == value for name, value in fields.items()):
+            if line.get("event") in events and all(line.get(name) == value for name, value in fields.items()):
                 return line
 
     def send(self, number: signal.Signals) -> None:
@@ -92,13 +95,14 @@ class ServedController(Served):
         self.clients: str = up["clients"][0]
         self.workers: str = up["workers"][0]
 
-    def echo(self, name: str, *arguments: str, model: str = "m") -> Served:
-        """An echo worker of this controller."""
-        return Served("worker", "echo", "--model", model, "--worker-name", name, "--controller", self.workers, *arguments)
+    def echo(self, name: str, *arguments: str, model: str = "m", also: Iterable[ServedController] = ()) -> Served:
+        """An echo worker of this controller, and of those in `also`."""
+        controllers = [argument for each in (self, *also) for argument in ("--controller", each.workers)]
+        return Served("worker", "echo", "--model", model, "--worker-name", name, *controllers, *arguments)
 
     def wait_ready(self, name: str, within_s: float = PATIENCE_S) -> None:
         """Wait until a worker is registered and ready."""
-        self.wait_for("worker came", within_s, worker=name, state="ready")
+        self.wait_for(CAME, within_s, worker=name, state="ready")
 
 
 @contextmanager
@@ -112,7 +116,7 @@ def network(
             for name in names:
                 workers[name] = controller.echo(name, *worker_arguments)
             for _ in names:
-                controller.wait_for("worker came", state="ready")
+                controller.wait_for(CAME, state="ready")
             yield controller, workers
         finally:
             for worker in workers.values():

@@ -11,11 +11,13 @@ from .fakes.network import Network, card
 
 
 def test_hello_is_answered_with_the_limits() -> None:
-    network = Network(queue_requests=7)
+    network = Network(queue_requests=7, client_requests=5, client_bytes=99)
     client = network.client()
     client.send(m.Hello(m.PROTOCOL, "test"))
     (welcome,) = client.got
-    assert (welcome.controller, welcome.limits.queue_requests, welcome.limits.ttl_ms) == ("here", 7, 3000)
+    limits = welcome.limits
+    assert (welcome.controller, limits.queue_requests, limits.ttl_ms) == ("here", 7, 3000)
+    assert (limits.client_requests, limits.client_bytes) == (5, 99)
     network.assert_clean()
 
 

@@ -57,13 +57,15 @@ class BrokerMachine(RuleBasedStateMachine):
     @initialize(
         dispatch=st.sampled_from(["shortest_queue", "lottery"]),
         queue=st.sampled_from([2, 1000]),
+        own=st.sampled_from([1, 1000]),
         attempts=st.integers(1, 3),
         offers=st.lists(st.tuples(st.sampled_from(OFFERS), st.integers(1, 3)), min_size=1, max_size=3),
     )
-    def begin(self, dispatch: str, queue: int, attempts: int, offers: list[tuple[list[m.ModelCard], int]]) -> None:
+    def begin(self, dispatch: str, queue: int, own: int, attempts: int, offers: list[tuple[list[m.ModelCard], int]]) -> None:
         self.network = Network(
             dispatch=dispatch,
             queue_requests=queue,
+            client_requests=own,
             max_attempts=attempts,
             default_deadline_s=20.0,
             stall_s=6.0,
@@ -200,6 +202,10 @@ class BrokerMachine(RuleBasedStateMachine):
                 task.busy()
             elif task.cancelled:
                 task.done("cancelled")
+
+    @rule()
+    def a_connection_breaks(self) -> None:
+        self.network.broker.members.disconnected(self.network.now)
 
     @rule(seconds=st.sampled_from([0.01, 0.3, 1.1, 2.5]), beating=st.booleans())
     def time_passes(self, seconds: float, beating: bool) -> None:

@@ -23,7 +23,8 @@ def test_a_request_goes_to_a_worker_and_its_answer_to_the_client() -> None:
     task.more()
     network.check()
     task.done()
-    assert [type(message).__name__ for message in client.got] == ["Chunk", "Chunk", "Done"]
+    assert [isinstance(message, m.Chunk) for message in client.got] == [True, True, False]
+    assert isinstance(client.end(7), m.Done)
     network.assert_clean()
     (end,) = network.ends()
     assert (end["outcome"], end["worker"], end["completion_tokens"], end["trace"]) == ("stop", "w", 2, "00-abc")

@@ -19,7 +19,7 @@ def refusal(worker: ScriptedWorker) -> m.Refused:
 # --- registration
 
 
-def test_a_worker_registers_as_loading_and_then_as_ready_with_a_new_epoch() -> None:
+def test_a_worker_registers_as_loading_and_changes_to_ready_under_the_same_epoch() -> None:
     network = Network()
     worker = network.worker(state="loading", slots=0)
     first, (head, payload) = worker.epoch, worker.got[-1]
@@ -27,7 +27,7 @@ def test_a_worker_registers_as_loading_and_then_as_ready_with_a_new_epoch() -> N
     welcome = m.read(m.decoder(m.WorkerWelcome), payload)
     assert (welcome.protocol, welcome.controller, welcome.ttl_ms) == (m.PROTOCOL, "here", 3000)
     worker.ready(first, state="ready", slots=2)
-    assert (worker.seen.state, worker.seen.free, worker.epoch != first) == ("ready", 2, True)
+    assert (worker.seen.state, worker.seen.free, worker.epoch == first) == ("ready", 2, True)
     assert network.counters["workers lost"] == 0
 
 
@@ -87,7 +87,7 @@ def test_registering_again_moves_what_had_not_begun_and_ends_what_had() -> None:
     client.generate(1)
     client.generate(2)
     worker.task(1).first()
-    worker.ready(worker.epoch)
+    worker.ready()
     assert client.error(1).code == errors.WorkerLost.code
     assert [task.rid for task in worker.tasks] == [2]
     worker.task(2).done()
@@ -203,6 +203,11 @@ def test_a_worker_whose_engine_hangs_gets_no_new_work_and_is_given_up_later() ->
         worker.load(step_age_ms=12_000)
     assert worker.told()
     worker.ready(worker.told()[-1])
+    assert not worker.tasks  # a new registration does not mend an engine
+    assert worker.seen.state == "stalled"
+    worker.load(running=1, yours=0, step_age_ms=13_000)
+    assert not worker.tasks
+    worker.load()
     assert sorted(task.rid for task in worker.tasks) == [1, 2]
     assert worker.task(1).head.attempts == 1
     for rid in (1, 2):
@@ -267,3 +272,34 @@ def test_figures_as_large_as_the_wire_allows_do_no_harm(dispatch: str) -> None:
     worker.task(1).done()
     client.send(m.Status(5))
     network.assert_clean()
+
+
+# --- broken connections
+
+
+def test_a_broken_connection_finds_the_dead_worker_at_once_and_again_a_little_later() -> None:
+    """The monitor may speak before the socket knows: the first beat may still be taken for the dead."""
+    network = Network()
+    client, one, two = network.client(), network.worker("one"), network.worker("two")
+    client.generate(1)
+    dead, alive = (one, two) if one.tasks else (two, one)
+    network.broker.members.disconnected(network.now)
+    assert one.kinds()[-1] == two.kinds()[-1] == m.BEAT
+    dead.die()
+    network.advance(0.02)
+    assert not dead.is_registered()
+    assert [task.rid for task in alive.tasks] == [1]
+    alive.tasks[0].done()
+    network.assert_clean()
+
+
+def test_connections_that_break_all_the_time_cost_a_beat_every_20_ms() -> None:
+    network = Network()
+    worker = network.worker()
+    before = worker.kinds().count(m.BEAT)
+    for _ in range(100):
+        network.broker.members.disconnected(network.now)
+        network.advance(0.001)
+    assert worker.kinds().count(m.BEAT) - before in range(5, 8)
+    network.advance(0.1)
+    network.check()

@@ -21,6 +21,7 @@ from zmqserve import errors
 from zmqserve import messages as m
 from zmqserve.client import Client
 from zmqserve.params import EmbedParams, SamplingParams
+from zmqserve.peer import State
 from zmqserve.requests import EmbedOptions, Sampling, Turn
 from zmqserve.results import Completion, ServedModel
 
@@ -51,14 +52,9 @@ def test_a_stream_yields_chunks_and_then_knows_the_whole(start: Start) -> None:
     assert stream.completion == Completion(stream.completion.choices, USAGE, TIMINGS)
     assert (stream.completion.text, stream.completion.token_ids, stream.completion.resumed) == ("t0 t1 t2 ", [0, 1, 2], 0)
     asked = broker.expect(m.Generate)
-    assert (asked.prompt, asked.stream, asked.deadline_ms, asked.priority, asked.affinity, asked.trace) == (
-        "hello",
-        True,
-        5000,
-        2,
-        "k",
-        "t",
-    )
+    assert (asked.prompt, asked.stream, asked.priority, asked.affinity, asked.trace) == ("hello", True, 2, "k", "t")
+    assert asked.deadline_ms is not None
+    assert 4000 < asked.deadline_ms <= 5000, "what the greeting took is gone"
     assert asked.params == SamplingParams(max_tokens=3, temperature=0)
     assert asked.rid == stream.rid
 
@@ -173,6 +169,9 @@ def test_without_numpy_embed_says_what_to_install(start: Start, monkeypatch: pyt
         (lambda c: c.generate("m", "x", timeout_s=float("nan")), "timeout_s"),
         (lambda c: c.generate("m", "x", priority=101), "priority"),
         (lambda c: c.generate("m", "x", affinity="a" * 300), "affinity"),
+        (lambda c: c.generate("m", "x", retries=-1), "retries"),
+        (lambda c: c.generate("m", "x", retries=True), "retries"),
+        (lambda c: c.generate("m", "x", resume=1), "resume"),
         (lambda c: c.chat("m", "x"), "messages"),
         (lambda c: c.chat("m", {1}), "messages"),
         (lambda c: c.chat("m", 5), "messages"),
@@ -382,13 +381,84 @@ def test_a_controller_that_falls_silent_is_lost_after_the_ttl(start: Start) -> N
     assert lost.value.retryable
 
 
-def test_a_restarted_controller_disowns_what_it_does_not_know(start: Start) -> None:
+def test_what_a_restarted_controller_does_not_know_is_sent_again(start: Start) -> None:
     broker, client = start(ttl_s=0.3)
     stream = client.generate("m", "x")
     rid = broker.expect(m.Generate).rid
     broker.controller, broker.unknown = "fake-2", [rid]
-    with pytest.raises(errors.ControllerLost, match="fake-2"):
-        next(stream)
+    assert broker.expect(m.Generate).rid == rid
+    broker.unknown = []
+    broker.send(done(rid, 0, last=chunk(rid, 0, "again")))
+    assert stream.text() == "again"
+
+
+def test_what_came_before_a_connection_broke_is_read_before_it_is_lost(start: Start) -> None:
+    broker, client = start(broker={"linger_ms": 5000})
+    stream = client.generate("m", "x")
+    rid = broker.expect(m.Generate).rid
+    for seq in range(300):
+        broker.send(chunk(rid, seq))
+    broker.send(done(rid, 300))
+    broker.close()
+    assert [piece.seq for piece in stream] == list(range(300))
+    assert stream.resumed == 0
+
+
+def test_a_retry_is_the_same_request_again(start: Start) -> None:
+    def script(asked: Any) -> list[Any]:
+        seen.append(asked.rid)
+        return echo(asked) if len(seen) == 3 else [m.Error(asked.rid, 42903, "full", retryable=True, retry_after_ms=20)]
+
+    seen: list[int] = []
+    _, client = start(script, retries=2)
+    assert client.generate("m", "x", stream=False).text == "t0 t1 t2 "
+    assert len(set(seen)) == 1
+    seen.clear()
+    with pytest.raises(errors.Overloaded):
+        client.generate("m", "x", stream=False, retries=1)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_answer_goes_on_at_the_next_controller(start: Start, resume: bool) -> None:
+    broker, _ = start()
+    other, _ = start()
+    with Client([broker.endpoint, other.endpoint], resume=resume) as client:
+        stream = client.generate("m", "x")
+        rid = broker.expect(m.Generate).rid
+        broker.send(m.FirstChunk(rid, 0, 0, "t0 ", m.pack_ids([0]), None, "f"))
+        assert next(stream).seq == 0
+        broker.close()
+        if resume:
+            assert other.expect(m.Generate).resume == m.Resume(m.pack_ids([0]), 3, 1)
+            other.send(done(rid, 1, last=chunk(rid, 1)))
+            assert (stream.text(), stream.completion.resumed) == ("t0 t1 ", 1)
+        else:
+            with pytest.raises(errors.ControllerLost, match="broke"):
+                next(stream)
+            assert other.nothing_arrived()
+
+
+def test_an_interrupt_in_a_failover_cancels(start: Start) -> None:
+    broker, client = start()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt() -> None:
+        broker.expect(m.Generate)
+        broker.close()
+        session = client._connection._session
+        until_s = monotonic() + PATIENCE_S
+        while session.state is not State.GREETING:
+            assert monotonic() < until_s
+            threading.Event().wait(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        sender = pool.submit(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.generate("m", "x", stream=False)
+        sender.result(PATIENCE_S)
+    assert client._connection._session.calls == {}
 
 
 def test_after_a_loss_the_client_works_again(start: Start) -> None:
@@ -409,7 +479,8 @@ def test_a_deadline_holds_even_if_the_controller_forgets_it(start: Start, monkey
     with pytest.raises(errors.DeadlineExceeded, match=r"0\.1 s"):
         client.generate("m", "x", stream=False)
     asked = broker.expect(m.Generate)
-    assert asked.deadline_ms == 100
+    assert asked.deadline_ms is not None
+    assert asked.deadline_ms <= 100
     assert broker.expect(m.Cancel).rid == asked.rid
     with pytest.raises(errors.DeadlineExceeded):
         client.status()

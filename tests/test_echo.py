@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from zmqserve.backends.echo import EchoWorker
 from zmqserve.errors import ContextOverflow, InvalidParameter
 from zmqserve.jobs import Delta, GenerateJob
-from zmqserve.messages import ChatMessage, CountTokens, Embed, Generate, Resume, pack_ids
+from zmqserve.messages import ChatMessage, CountTokens, Embed, Generate, pack_ids
 from zmqserve.params import EmbedParams, SamplingParams
 from zmqserve.stopping import StopMatcher
 
 
-def echo(prompt: str | None = "a b c", *, worker: EchoWorker | None = None, resume: Resume | None = None, **params: Any) -> list[Delta]:
+def echo(prompt: str | None = "a b c", *, worker: EchoWorker | None = None, **params: Any) -> list[Delta]:
     """All deltas of one answer. `messages` and `token_ids` may stand in for the prompt."""
     inputs = {name: params.pop(name) for name in ("messages", "token_ids") if name in params}
-    request = Generate(1, "m", prompt=None if inputs else prompt, params=SamplingParams(**params), resume=resume, **inputs)
+    request = Generate(1, "m", prompt=None if inputs else prompt, params=SamplingParams(**params), **inputs)
     job = GenerateJob(request)
 
     async def collect() -> list[Delta]:
@@ -85,29 +85,9 @@ def test_several_choices_and_the_prompt_before_them() -> None:
         assert [delta.finish_reason for delta in deltas if delta.index == index] == [None, "stop"]
 
 
-def test_min_tokens_goes_on_past_one_pass() -> None:
+def test_min_tokens_goes_on_past_one_pass_and_past_stops() -> None:
     assert text(echo("a b", min_tokens=3)) == "a b a"
-
-
-@pytest.mark.parametrize(
-    "params", [{}, {"max_tokens": 7}, {"stop": ["e f"]}, {"stop": ["zz", " d e"]}, {"echo": True}, {"stop_token_ids": [4]}]
-)
-def test_resuming_anywhere_gives_the_same_answer(params: dict[str, Any]) -> None:
-    whole = echo("a bb c d e f", **params)
-    for received in range(len(whole)):
-        before = whole[:received]
-        resume = Resume(pack_ids(ids(before)), len(text(before)), received)
-        rest = echo("a bb c d e f", resume=resume, **params)
-        assert text(before) + text(rest) == text(whole)
-        assert ids(before) + ids(rest) == ids(whole)
-        assert reason(rest) == reason(whole)
-
-
-def test_resuming_a_complete_answer_ends_at_once() -> None:
-    rest = echo("a b", max_tokens=2, resume=Resume(pack_ids([0, 1]), 3, 2))
-    assert rest == [Delta("", finish_reason="length")]
-    rest = echo("a b", stop=["b"], resume=Resume(pack_ids([0, 1]), 2, 2))
-    assert rest == [Delta("", finish_reason="stop")]
+    assert text(echo("a b c", min_tokens=2, stop=["a", "b"], stop_token_ids=[1], max_tokens=9)) == "a b c "
 
 
 def test_a_prompt_over_the_context_is_an_error_with_both_numbers() -> None:
@@ -200,18 +180,6 @@ def test_what_leaves_does_not_depend_on_how_the_text_is_cut(pieces: list[str], s
         if stopped:
             break
     assert (left + matcher.flush(), matcher.stopped) == stopped_by_hand("".join(pieces), stop)
-
-
-@settings(max_examples=300, deadline=None)
-@given(pieces, stops, st.data())
-def test_a_matcher_can_take_over_from_another(pieces: list[str], stop: list[str], data: st.DataObject) -> None:
-    first = StopMatcher(stop)
-    cut = data.draw(st.integers(0, len(pieces)))
-    left = "".join(first.feed(piece)[0] for piece in pieces[:cut])
-    lost = data.draw(st.integers(0, len(left)))
-    second = StopMatcher(stop, generated="".join(pieces[:cut]), delivered=lost)
-    rest = "".join(second.feed(piece)[0] for piece in ["", *pieces[cut:]])
-    assert (left[:lost] + rest + second.flush(), second.stopped) == stopped_by_hand("".join(pieces), stop)
 
 
 def test_only_what_may_begin_a_stop_string_is_held() -> None:

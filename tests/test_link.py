@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from zmqserve import messages as m
-from zmqserve.link import FRESH_SOCKET_S, LOAD_GAP_S, ControllerLink
+from zmqserve.link import FRESH_SOCKET_S, LOAD_GAP_S, SETTLE_S, ControllerLink
 
 READY = m.Ready(m.PROTOCOL, "w", "echo", "ready", [], 4, 1.0, 3000)
 heads = m.decoder(m.WorkerHead)
@@ -106,6 +106,7 @@ def registered(host: Host) -> Host:
     host.welcome()
     host.run(0)
     assert host.take() == [m.READY, m.LOAD]
+    assert host.link.known
     return host
 
 
@@ -196,9 +197,36 @@ def test_a_new_welcome_aborts_what_ran_under_the_old_epoch(registered: Host) -> 
     assert registered.payloads == [b"a", b"c"]
 
 
-def test_the_same_welcome_twice_aborts_nothing(registered: Host) -> None:
+def test_what_is_announced_is_taken_in_place_and_aborts_nothing(registered: Host) -> None:
+    registered.link.announce()
+    registered.link.announce()
+    assert registered.take() == [m.READY, m.READY]
     registered.welcome(epoch=7)
-    assert registered.events == []
+    known = [registered.link.known]
+    registered.welcome(epoch=7)
+    known.append(registered.link.known)
+    assert known == [False, True], "after the first the second is still on its way"
+    assert registered.events == ["registered", "registered"]
+    assert (registered.link.state, registered.link.epoch) == ("registered", 7)
+
+
+def test_of_many_changes_that_the_pipe_does_not_take_only_the_last_is_told(registered: Host) -> None:
+    registered.connected = False
+    for _ in range(50):
+        registered.link.announce()
+    assert registered.link.outbox_bytes == 0
+    registered.connected = True
+    registered.link.writable(registered.now)
+    assert registered.take() == [m.READY]
+
+
+def test_a_change_waits_until_a_silent_controller_is_heard_again(registered: Host) -> None:
+    registered.run(3.5)
+    registered.take()
+    registered.link.announce()
+    assert registered.take() == []
+    registered.hear(m.BEAT)
+    assert registered.take() == [m.READY]
 
 
 def test_reregister_aborts_and_is_answered_with_its_own_number(registered: Host) -> None:
@@ -280,6 +308,57 @@ def test_an_absent_controller_needs_no_fresh_socket_and_is_greeted_when_it_is_ba
     assert registered.take() == [m.LOAD]
     registered.hear(m.REREGISTER, epoch=0)
     assert registered.take() == [m.READY]
+
+
+def test_a_broken_connection_ends_what_ran_for_it_and_is_registered_again_when_it_is_back(registered: Host) -> None:
+    registered.link.post(7, m.more_head(7, 1), b"a")
+    registered.take()
+    registered.link.disconnected(registered.now)
+    assert registered.events == ["abort", "registering"]
+    registered.link.post(7, m.more_head(7, 1), b"late")
+    registered.connected = False
+    registered.run(30)
+    assert registered.link.blocked
+    assert "fresh socket" not in registered.events
+    registered.connected = True
+    registered.link.writable(registered.now)
+    registered.link.tick(registered.now)
+    assert registered.sent == [m.WorkerHead(m.READY, 0)], "nothing of the former registration"
+    registered.welcome(epoch=8)
+    assert registered.link.state == "registered"
+
+
+def test_a_pipe_that_is_about_to_go_is_given_no_registration(registered: Host) -> None:
+    """Just after the break it still takes messages, and full it is no more."""
+    registered.connected = False
+    registered.link.post(7, m.more_head(7, 1), b"a")
+    registered.connected = True
+    registered.link.disconnected(registered.now)
+    assert not registered.link.blocked
+    registered.run(0.9 * SETTLE_S)
+    assert registered.take() == []
+    registered.run(0.2 * SETTLE_S)
+    assert registered.take() == [m.READY]
+
+
+def test_a_registration_that_broke_off_is_made_again_at_once(host: Host) -> None:
+    host.run(0)
+    host.take()
+    host.link.disconnected(host.now)
+    host.run(2 * SETTLE_S)
+    assert host.take() == [m.READY]
+
+
+def test_a_link_that_drains_or_is_closed_lets_the_connection_break(registered: Host) -> None:
+    registered.link.drain()
+    registered.take()
+    registered.link.disconnected(registered.now)
+    registered.run(10)
+    assert registered.take() == []
+    registered.link.close()
+    registered.link.disconnected(registered.now)
+    assert registered.link.state == "closed"
+    assert registered.take() == []
 
 
 def test_an_inproc_pipe_that_broke_is_replaced_after_two_missed_beats_and_then_left_alone() -> None:
@@ -371,8 +450,8 @@ def test_announce_waits_for_the_welcome(host: Host) -> None:
     host.welcome()
     assert host.sent == [m.WorkerHead(m.READY, 7)]
     host.take()
-    host.link.announce()
-    assert host.take() == [m.READY]
+    host.welcome(epoch=7)
+    assert host.link.known
 
 
 def test_a_draining_link_says_so_once_and_does_not_register_again(registered: Host) -> None:
@@ -390,6 +469,19 @@ def test_draining_that_the_pipe_does_not_take_is_no_answer_to_wait_for_and_is_sa
     assert registered.link.outbox_bytes == 0
     registered.connected = True
     registered.link.writable(registered.now)
+    assert registered.take() == [m.DRAINING]
+
+
+def test_an_announcement_that_was_lost_with_its_registration_is_not_waited_for(registered: Host) -> None:
+    registered.link.announce()
+    registered.hear(m.REREGISTER, epoch=55)
+    registered.welcome(epoch=8)
+    assert registered.link.known, "the READY that this one answers said it"
+
+
+def test_a_draining_link_announces_nothing(registered: Host) -> None:
+    registered.link.drain()
+    registered.link.announce()
     assert registered.take() == [m.DRAINING]
 
 

@@ -16,7 +16,7 @@ from scipy.stats import chisquare
 
 from zmqserve import Client, ConnectionFailed, ModelLoading, RequestError, UnknownModel
 
-from .processes import PATIENCE_S, Served, ServedController, eventually, network, zmqserve
+from .processes import CAME, PATIENCE_S, Served, ServedController, eventually, network, zmqserve
 
 
 def test_a_question_goes_through_the_network_and_streams_back() -> None:
@@ -63,7 +63,7 @@ def test_a_killed_worker_is_out_of_status_within_a_second_and_a_half() -> None:
 def test_a_stopped_worker_is_out_within_its_ttl_and_back_at_once_when_continued() -> None:
     """Its stream ends as worker_lost, and nothing that it still had for that stream reaches anybody."""
     with network("w0", worker_arguments=("--delay-per-token", "0.02")) as (controller, workers), Client(controller.clients) as client:
-        stream = client.generate("m", "a b c", max_tokens=100_000)
+        stream = client.generate("m", "a b c", max_tokens=100_000, resume=False)
         next(stream)
         workers["w0"].send(signal.SIGSTOP)
         took_s = eventually(lambda: not client.status().workers, 6.0, "w0 is out of status")
@@ -224,7 +224,7 @@ def test_up_runs_a_network_and_drains_it() -> None:
     with Served("up", "echo", "--model", "m", "--replicas", "2", "--clients", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*") as up:
         clients = up.wait_for("controller up")["clients"][0]
         for _ in range(2):
-            up.wait_for("worker came", state="ready")
+            up.wait_for(CAME, state="ready")
         with Client(clients) as client:
             assert len(client.status().workers) == 2
             assert client.generate("m", "a b", stream=False).text == "a b"
@@ -234,7 +234,7 @@ def test_up_runs_a_network_and_drains_it() -> None:
 def test_draining_one_replica_of_up_leaves_the_others_and_the_last_one_ends_it() -> None:
     with Served("up", "echo", "--model", "m", "--replicas", "2", "--clients", "tcp://127.0.0.1:*", "--workers", "tcp://127.0.0.1:*") as up:
         clients = up.wait_for("controller up")["clients"][0]
-        first, last = (up.wait_for("worker came", state="ready")["worker"] for _ in range(2))
+        first, last = (up.wait_for(CAME, state="ready")["worker"] for _ in range(2))
         with Client(clients) as client:
             client.drain(first)
             up.wait_for("a worker was drained", left=1)

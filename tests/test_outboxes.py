@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import zmq
 
+from zmqserve import messages as m
+from zmqserve.errors import SlowConsumer
 from zmqserve.flights import FULL, GONE, SENT
+from zmqserve.shedding import dropped_ends
 
 from .fakes.rig import PATIENCE_MS, Peer, Rig
 
@@ -16,6 +19,19 @@ def fill(rig: Rig, identity: bytes, size: int = 100) -> int:
         assert rig.clients.send(identity, b"%04d" % count + b"x" * size) == SENT
         count += 1
     return count
+
+
+to_client = m.decoder(m.ToClient).decode
+
+
+def drain(rig: Rig, peer: Peer) -> list[bytes]:
+    """Let the peer read all that is and will be there."""
+    received: list[bytes] = []
+    for _ in range(200):
+        received += [payload for (payload,) in peer.got()]
+        rig.now += 1.0
+        rig.relay.flush(rig.now)
+    return received
 
 
 def identity_of(rig: Rig, peer: Peer) -> bytes:
@@ -105,3 +121,60 @@ def test_a_slow_reader_gets_everything_in_order_through_the_relay_or_is_told_tha
         assert received == [[b"%d" % turn] for turn in range(300)]
     finally:
         rig.close()
+
+
+def test_beyond_the_total_the_largest_is_let_go_of_and_its_ends_are_told() -> None:
+    """What waits for all stays within the total, and those with less keep all of theirs."""
+    rig = Rig(pipe_messages=10, outbox_bytes=10**6, outbox_total_bytes=20_000)
+    try:
+        big, small, worker = (*(rig.connect("clients", receives=10) for _ in range(2)), rig.worker("w"))
+        numbers = [rig.flight(peer, worker, rid) for rid, peer in enumerate((big, small), 1)]
+        done = rig.flight(big, worker, 3)
+        for turn in range(40):
+            worker.more(numbers[1], b"%d" % turn)
+        rig.pump()
+        more = m.WorkerHead(m.DONE, worker.epoch, done, 3, "stop")
+        for turn in range(42):
+            worker.more(numbers[0], b"x" * 1000)
+            if turn == 35:
+                worker.send(m.encode(more), m.encode(m.Done(3, 0, ["stop"], m.Usage(1, 1), m.Timings("w"))))
+            rig.pump()
+        assert rig.broker.counters["outboxes over their total"] == 1
+        assert rig.clients.waiting_bytes < 20_000
+        messages = drain(rig, big)
+        assert len([payload for payload in messages if payload == b"x" * 1000]) < 42
+        errors = [message for payload in messages if payload[:1] != b"x" and isinstance(message := to_client(payload), m.Error)]
+        assert {(error.rid, error.code) for error in errors} == {(1, SlowConsumer.code), (3, SlowConsumer.code)}
+        assert len(errors) == 2
+        assert drain(rig, small) == [b"%d" % turn for turn in range(40)]
+        assert rig.clients.waiting_bytes == 0
+    finally:
+        rig.close()
+
+
+def test_what_waits_for_a_client_that_fell_silent_is_dropped() -> None:
+    rig = Rig(pipe_messages=10, outbox_bytes=10**6)
+    try:
+        peer, worker = rig.connect("clients", receives=10), rig.worker("w")
+        number = rig.flight(peer, worker)
+        peer.send(m.encode(m.Ping(1000, [1])))
+        rig.pump()
+        for _ in range(50):
+            worker.more(number, b"x" * 100)
+        rig.pump()
+        assert rig.clients.waiting_bytes > 1000
+        rig.broker.tick(rig.now + 0.9)
+        rig.broker.tick(rig.now + 1.8)
+        assert rig.broker.counters["clients: client silent"] == 1
+        assert (rig.clients.waiting_bytes, rig.clients.outboxes) == (0, {})
+    finally:
+        rig.close()
+
+
+def test_ends_are_told_only_where_that_wins_space() -> None:
+    """A client that reads nothing at all must not be told for ever what it does not read."""
+    done = (b"id", b"env", m.encode(m.Done(5, 0, ["stop"], m.Usage(1, 1), m.Timings("w"))))
+    chunks = (b"id", b"env", m.encode(m.Chunks([m.Chunk(6, 0, 0, "x" * 1000, b"")])))
+    assert dropped_ends([done, chunks]) == [((b"id", b"env"), 5)]
+    assert dropped_ends([done] * 100) == []
+    assert dropped_ends([(b"id", b"no message")]) == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import count
 from random import Random
 from typing import Any
 
 from zmqserve import messages as m
+from zmqserve.config import ControllerConfig
 from zmqserve.dispatch import ShortestQueue
 from zmqserve.registry import MOST_LIGHT, Need, Registry, Worker
 from zmqserve.waiting import WaitingRoom
@@ -17,7 +19,7 @@ RANDOM = Random(1)
 
 
 def registry() -> Registry:
-    return Registry(ShortestQueue, lambda: WaitingRoom(10, 1000))
+    return Registry(ShortestQueue, lambda: WaitingRoom(ControllerConfig(), count(1)))
 
 
 def worker(name: str, *cards: m.ModelCard, slots: int = 2, state: str = "ready", **fields: Any) -> Worker:
@@ -137,6 +139,35 @@ def test_differing_verbs_narrow_the_choice() -> None:
     assert {pool.pick(GENERATE, RANDOM) for _ in range(20)} == {two}
     assert {pool.pick(GENERATE, RANDOM, "key") for _ in range(20)} == {two}
     assert {pool.pick(Need("embed"), RANDOM) for _ in range(20)} == {one}
+
+
+def test_an_offer_changes_in_place() -> None:
+    known, one, two = registry(), worker("one", card("m"), card("k")), worker("two", card("m"))
+    known.add(one)
+    known.add(two)
+    known.take(one)
+    changes, pool = known.changes, known.pools["m"]
+    changed = worker("one", card("m", aliases=["x"]), card("n"), slots=5, controllers=["below"])
+    ready = m.Ready(m.PROTOCOL, "one", "other", "ready", list(changed.cards.values()), 5, 3.0, 9000, ["below"])
+    (left,) = known.update(one, ready)
+    assert (left.model, left.state, known.find("n"), known.find("x")) == ("k", "no worker", known.pools["n"], pool)
+    assert (one.running, one.slots, one.speed, one.backend, one.controllers, one.lease.ttl_s) == (1, 5, 3.0, "other", ["below"], 9.0)
+    assert [each.model for each in one.pools] == ["m", "n"]
+    assert known.changes > changes
+    known.take(two)
+    assert pool.pick(GENERATE, RANDOM) is one
+    known.update(one, m.Ready(m.PROTOCOL, "one", "other", "loading", [card("m")], 0, 1.0, 3000))
+    assert (one.state, pool.pick(GENERATE, RANDOM)) == ("loading", two)
+
+
+def test_a_worker_that_is_full_for_one_model_gets_others() -> None:
+    known, one = registry(), worker("one", card("m"), card("k"))
+    known.add(one)
+    known.pools["m"].full.add(one)
+    assert (known.pools["m"].pick(GENERATE, RANDOM), known.pools["k"].pick(GENERATE, RANDOM)) == (None, one)
+    assert known.pools["m"].any_usable(COUNT, RANDOM) is one
+    known.remove(one)
+    assert not known.pools["m"].full
 
 
 def test_what_nobody_left_can_do_is_given_to_nobody() -> None:

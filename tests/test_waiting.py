@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from itertools import count
 from random import Random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
+from zmqserve.config import ControllerConfig
 from zmqserve.dispatch import ShortestQueue
+from zmqserve.errors import Overloaded
 from zmqserve.flight import Client, Flight
 from zmqserve.messages import RequestHeader
+from zmqserve.rate import ServiceRate
 from zmqserve.registry import Need, Pool
 from zmqserve.waiting import FairQueue, WaitingRoom
 
 GENERATE = Need("generate")
 RESUME = Need("generate", "f1")
+EMBED = Need("embed")
+
+
+def room_of(**bounds: Any) -> WaitingRoom:
+    return WaitingRoom(ControllerConfig(**bounds), count(1))
 
 
 def pool() -> Pool:
-    return Pool("m", ShortestQueue(), WaitingRoom(10, 1000))
+    return Pool("m", ShortestQueue(), room_of())
 
 
 class Flights:
@@ -46,7 +56,7 @@ def drain(queue: FairQueue) -> list[int]:
 
 
 def test_one_client_is_served_in_order() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     for _ in range(4):
         queue.push(flights.new(b"a"))
     assert drain(queue) == [1, 2, 3, 4]
@@ -54,21 +64,21 @@ def test_one_client_is_served_in_order() -> None:
 
 
 def test_lower_priority_numbers_come_first() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     for priority in (5, -5, 0, -5):
         queue.push(flights.new(b"a", priority=priority))
     assert drain(queue) == [2, 4, 3, 1]
 
 
 def test_connections_take_turns_however_much_one_asks() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     for connection in (b"a", b"a", b"a", b"a", b"b", b"b", b"c"):
         queue.push(flights.new(connection))
     assert drain(queue) == [1, 5, 7, 2, 6, 3, 4]
 
 
 def test_a_thousand_clients_behind_one_proxy_get_one_connections_share() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     for number in range(1000):
         queue.push(flights.new(b"proxy", b"%d" % number))
     for _ in range(3):
@@ -77,14 +87,14 @@ def test_a_thousand_clients_behind_one_proxy_get_one_connections_share() -> None
 
 
 def test_clients_behind_one_connection_take_turns() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     for client in (b"1", b"1", b"1", b"2", b"2"):
         queue.push(flights.new(b"proxy", client))
     assert drain(queue) == [1, 4, 2, 5, 3]
 
 
 def test_front_is_next_of_its_priority_only() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     queue.push(flights.new(b"a", priority=1))
     queue.push(flights.new(b"b"))
     queue.push(flights.new(b"c"), front=True)
@@ -93,7 +103,7 @@ def test_front_is_next_of_its_priority_only() -> None:
 
 
 def test_a_request_leaves_from_anywhere() -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     all_flights = [flights.new(connection) for connection in (b"a", b"a", b"a", b"b")]
     for flight in all_flights:
         queue.push(flight)
@@ -105,29 +115,54 @@ def test_a_request_leaves_from_anywhere() -> None:
         queue.remove(all_flights[1])
 
 
-def test_a_room_is_bounded_by_requests_and_by_bytes_over_all_needs() -> None:
-    flights, room = Flights(), WaitingRoom(3, 100)
-    room.push(flights.new(b"a", payload=b"x" * 60))
-    assert room.has_room(40)
-    assert not room.has_room(41)
-    room.push(flights.new(b"a", need=RESUME))
-    room.push(flights.new(b"a"))
-    assert not room.has_room(1)
-    assert (len(room), room.bytes) == (3, 62)
-    assert repr(room) == "WaitingRoom(3 waiting, 62 bytes)"
+@pytest.mark.parametrize(
+    ("bounds", "bound"),
+    [
+        ({"queue_requests": 3}, "queue_requests"),
+        ({"queue_bytes": 70}, "queue_bytes"),
+        ({"client_requests": 3}, "client_requests"),
+        ({"client_bytes": 67}, "client_bytes"),
+    ],
+)
+def test_a_room_is_bounded_by_requests_and_bytes_of_all_needs_and_of_one_client(bounds: dict[str, int], bound: str) -> None:
+    flights, room = Flights(), room_of(**bounds)
+    mine = flights.new(b"a", payload=b"x" * 60)
+    room.push(mine)
+    room.push(flights.new(b"a", need=RESUME, payload=b"xx"))
+    room.check(mine.client, 1, "m", 1)
+    room.push(flights.new(b"a" if "client" in bound else b"b", payload=b"x" * 4))
+    with pytest.raises(Overloaded, match=bound) as caught:
+        room.check(mine.client, 5, "m", 1)
+    assert caught.value.data["bound"] == bound
+    assert caught.value.data["limit"] == bounds[bound]
+    assert repr(room) == "WaitingRoom(3 waiting, 66 bytes)"
+    room.take(mine)
+    room.check(mine.client, 5, "m", 1)
+    assert (len(room), room.bytes) == (2, 6)
+
+
+def test_one_client_at_its_bound_leaves_room_for_others() -> None:
+    flights, room = Flights(), room_of(client_requests=2)
+    first = flights.new(b"a")
+    other = flights.new(b"b")
+    for flight in (first, flights.new(b"a")):
+        room.push(flight)
+    with pytest.raises(Overloaded):
+        room.check(first.client, 1, "m", 1)
+    room.check(other.client, 1, "m", 1)
 
 
 def test_those_who_had_a_worker_are_let_in_beyond_the_bounds() -> None:
-    flights, room = Flights(), WaitingRoom(1, 100)
+    flights, room = Flights(), room_of(queue_requests=1, client_requests=1)
     room.push(flights.new(b"a"))
-    room.push(flights.new(b"b"), front=True)
+    room.push(flights.new(b"a"), front=True)
     assert [len(queue) for queue in room] == [2]
 
 
 def test_a_worker_is_offered_only_what_it_can_do() -> None:
-    flights, room = Flights(), WaitingRoom(9, 100)
-    room.push(flights.new(b"a", need=RESUME, now=1.0))
-    room.push(flights.new(b"b", now=2.0))
+    flights, room = Flights(), room_of()
+    room.push(flights.new(b"a", need=RESUME))
+    room.push(flights.new(b"b"))
     first = room.head()
     assert first is not None
     assert first.need == RESUME
@@ -137,37 +172,64 @@ def test_a_worker_is_offered_only_what_it_can_do() -> None:
     assert room.head(frozenset()) is None
 
 
+def test_needs_take_turns_so_that_one_clients_flood_delays_no_other_need() -> None:
+    """All requests go to the same workers, whatever they ask."""
+    flights, room = Flights(), room_of()
+    for _ in range(10):
+        room.push(flights.new(b"greedy"))
+    room.push(flights.new(b"modest", need=EMBED))
+    served = []
+    while (head := room.head()) is not None:
+        room.take(head)
+        served.append(head.rid)
+    assert served == [1, 11, *range(2, 11)]
+
+
 def test_a_flight_knows_whether_it_waits() -> None:
-    flights, room = Flights(), WaitingRoom(9, 100)
+    flights, room = Flights(), room_of()
     flight = flights.new(b"a")
     states = [flight.waiting]
     room.push(flight)
     states.append(flight.waiting)
-    room.take(flight, 1.0)
+    room.take(flight)
     states.append(flight.waiting)
     assert states == [False, True, False]
     assert (len(room), room.bytes, room.needs()) == (0, 0, [])
 
 
-def test_retry_after_follows_the_rate_at_which_requests_are_served() -> None:
-    flights, room = Flights(), WaitingRoom(1000, 10**6)
-    for _ in range(200):
-        room.push(flights.new(b"a"))
-    assert 50 <= room.retry_after_ms() <= 30_000
-    slow = room.retry_after_ms()
-    now = 0.0
+def test_before_anything_was_served_retry_after_is_a_second() -> None:
+    flights, room = Flights(), room_of()
+    room.push(flights.new(b"a"))
+    assert room.retry_after_ms(4) == 1000
+    room.rate.served(0.1)
+    assert room.retry_after_ms(0) == 1000
+
+
+def test_retry_after_is_when_half_of_the_line_will_have_been_served() -> None:
+    flights, room = Flights(), room_of()
+    for number in range(1000):
+        room.push(flights.new(b"a" if number % 5 else b"b"))
+    for _ in range(10):
+        room.rate.served(0.2)
+    assert room.retry_after_ms(running=20) == 5000  # 100 in a second
+    assert room.retry_after_ms(running=20, client=flights.clients[(b"b",)]) == 2000  # 200 of its own, every other turn
+    assert room.retry_after_ms(running=20, client=flights.clients[(b"a",)]) == 5000  # never later than the whole line's
+    assert room.retry_after_ms(running=1) == 30_000
+    room.rate = ServiceRate()
+    room.rate.served(1e-9)
+    assert room.retry_after_ms(running=20) == 50
+
+
+def test_the_rate_follows_a_change_of_the_load() -> None:
+    rate = ServiceRate()
+    assert rate.per_second(4) is None
     for _ in range(100):
-        head = room.head()
-        assert head is not None
-        room.take(head, now)
-        now += 0.001
-    assert 50 <= room.retry_after_ms() < slow / 5
-    for _ in range(99):
-        head = room.head()
-        assert head is not None
-        room.take(head, now)
-        now += 1e6
-    assert room.retry_after_ms() == 30_000
+        rate.served(1.0)
+    assert rate.per_second(4) == pytest.approx(4)
+    for _ in range(250):
+        rate.served(0.1)
+    assert rate.per_second(4) == pytest.approx(40, rel=0.1)
+    assert repr(rate).startswith("ServiceRate(mean_s=0.1")
 
 
 STEPS = st.tuples(
@@ -183,7 +245,7 @@ STEPS = st.tuples(
 @hypothesis_settings(max_examples=300)
 @given(st.lists(STEPS, max_size=60))
 def test_a_room_holds_what_a_plain_list_would(steps: list[tuple[str, bytes, bytes, int, Need, int]]) -> None:
-    flights, room, model = Flights(), WaitingRoom(1000, 10**6), list[Flight]()
+    flights, room, model = Flights(), room_of(), list[Flight]()
     random = Random(1)
     for now, (step, connection, client, priority, need, size) in enumerate(steps):
         if step in ("push", "front"):
@@ -200,13 +262,13 @@ def test_a_room_holds_what_a_plain_list_would(steps: list[tuple[str, bytes, byte
                 head = random.choice(model)
                 room.remove(head)
             else:
-                room.take(head, float(now))
+                room.take(head)
             model.remove(head)
         assert len(room) == len(model)
         assert room.bytes == sum(len(flight.payload) for flight in model)
         assert set(room.needs()) == {flight.need for flight in model}
     while (head := room.head()) is not None:
-        room.take(head, 0.0)
+        room.take(head)
         model.remove(head)
     assert model == []
 
@@ -214,7 +276,7 @@ def test_a_room_holds_what_a_plain_list_would(steps: list[tuple[str, bytes, byte
 @hypothesis_settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40))
 def test_no_connection_is_served_twice_while_another_waits_its_turn(arrivals: list[tuple[int, int]]) -> None:
-    flights, queue = Flights(), FairQueue()
+    flights, queue = Flights(), FairQueue(count(1))
     left: dict[bytes, int] = {}
     for connection, client in arrivals:
         queue.push(flights.new(b"%d" % connection, b"%d" % client))

@@ -16,7 +16,7 @@ import zmq
 from structlog.testing import LogCapture
 from structlog.typing import EventDict
 
-from zmqserve import linkthread
+from zmqserve import linkport
 from zmqserve import messages as m
 from zmqserve.errors import (
     InvalidParameter,
@@ -54,9 +54,14 @@ def test_beats_while_it_loads_and_is_ready_after(controller: FakeController) -> 
         controller.request(m.CountTokens(2, "served", prompt="a"))
         assert controller.expect(m.FAILED).message.code == ModelLoading.code
         gate.set()
-        ready = controller.register()
+        got = controller.expect(m.READY)
+        ready = got.message
+        assert got.head.epoch == controller.epoch, "the registration goes on"
         assert (ready.state, ready.slots) == ("ready", 3)
         assert ready.models == [m.ModelCard("served", context_length=100, verbs=["generate", "model_details"])]
+        with pytest.raises(TimeoutError, match="no controller"):
+            worker.wait_ready(0.05)
+        controller.welcome(got)
         worker.wait_ready(WAIT_S)
     finally:
         gate.set()
@@ -156,22 +161,54 @@ def test_a_controller_that_comes_back_has_its_worker_back(controller: FakeContro
         controller.expect(m.FIRST)
         former = controller.epoch
         controller.unbind()
+        assert ended.wait(WAIT_S), "it has forgotten what ran for it"
         controller.epoch = 0
         controller.bind(controller.endpoint)
-        got = controller.receive()
-        assert (got.head.kind, got.head.epoch) == (m.LOAD, former)
-        assert not ended.is_set()
-        controller.send(m.ControllerHead(m.REREGISTER, 5), to=got.identity)
-        again = controller.expect(m.READY)
-        assert again.head.epoch == 5
+        again = controller.receive()
+        assert (again.head.kind, again.head.epoch) == (m.READY, 0)
         controller.welcome(again)
-        assert ended.wait(WAIT_S), "what ran for its former life is aborted"
+        assert controller.expect(m.LOAD).message.running == 0
         controller.request(generate(2))
         assert controller.expect(m.FIRST).head.epoch == controller.epoch != former
 
 
+def test_a_controller_that_forgot_its_worker_and_kept_the_connection_is_told_again(controller: FakeController) -> None:
+    with serving(ScriptWorker(config(controller, ttl_s=0.3), endless), controller):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        former = controller.epoch
+        controller.send(m.ControllerHead(m.REREGISTER, 5))
+        again = controller.expect(m.READY)
+        assert again.head.epoch == 5
+        controller.welcome(again)
+        controller.request(generate(2))
+        assert controller.expect(m.FIRST).head.epoch == controller.epoch != former
+        assert controller.expect(m.LOAD).message.running == 1
+
+
+def test_a_controller_that_dies_or_was_never_there_does_not_disturb_the_others(controller: FakeController) -> None:
+    with FakeController() as dies, FakeController() as absent:
+        absent.unbind()
+        worker = ScriptWorker(config(absent, controller, dies, slots=2, ttl_s=60), endless)
+        with serving(worker, controller, dies):
+            controller.request(generate(1))
+            controller.expect(m.FIRST)
+            dies.request(generate(2))
+            dies.expect(m.FIRST)
+            controller.expect(m.LOAD, where=lambda got: got.message.running == 2)
+            controller.request(generate(3))
+            assert controller.expect(m.BUSY).head.rid == 3
+            dies.unbind()
+            controller.expect(m.LOAD, where=lambda got: (got.message.running, got.message.yours) == (1, 1))
+            controller.request(generate(4))
+            assert controller.expect(m.FIRST).head.rid == 4
+            controller.cancel(1)
+            assert controller.expect(m.DONE).head.rid == 1
+        assert worker.failure is None
+
+
 def test_nothing_of_an_old_epoch_is_sent_or_taken(controller: FakeController) -> None:
-    with serving(ScriptWorker(config(controller), endless), controller) as worker:
+    with serving(ScriptWorker(config(controller, ttl_s=0.3), endless), controller) as worker:
         controller.request(generate(1))
         controller.expect(m.FIRST)
         controller.send(m.ControllerHead(m.REREGISTER, 5))
@@ -246,7 +283,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch, logger: str) -> MutableSequence[E
 def test_draining_does_not_wait_for_a_controller_that_is_not_there(
     controller: FakeController, monkeypatch: pytest.MonkeyPatch, answers_wait: bool
 ) -> None:
-    lines = _recorded(monkeypatch, "zmqserve.linkthread.log")
+    lines = _recorded(monkeypatch, "zmqserve.workload.log")
     gates: list[Callable[[], object]] = []
 
     async def gated(job: GenerateJob) -> AsyncIterator[Delta]:
@@ -311,7 +348,7 @@ def test_a_connection_that_breaks_within_a_message_costs_neither_the_message_nor
 
         return socket.recv, send
 
-    monkeypatch.setattr(linkthread, "raw_calls", breaking)
+    monkeypatch.setattr(linkport, "raw_calls", breaking)
     with serving(ScriptWorker(config(controller), endless), controller) as worker:
         controller.request(generate(1))
         assert controller.expect(m.FIRST).head.rid == 1
@@ -336,12 +373,24 @@ def test_only_what_is_unexpected_in_a_load_is_logged_with_its_trace(
     assert (line.get("why") == "no such file") is not traced
 
 
-def process(controller: FakeController, **options: Any) -> subprocess.Popen[bytes]:
+def test_a_worker_whose_context_is_terminated_ends(controller: FakeController) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    worker = ScriptWorker(config(controller, context=context), endless)
+    with serving(worker, controller):
+        controller.request(generate(1))
+        controller.expect(m.FIRST)
+        context.term()
+        worker.wait_ended(WAIT_S)
+    assert worker.failure is None
+
+
+def process(controller: FakeController, *, grace_s: float = 30.0, **options: Any) -> subprocess.Popen[bytes]:
     """An EchoWorker in a process of its own."""
+    settings = f"model='m', controllers=({controller.endpoint!r},), ttl_s=0.3, grace_s={grace_s}"
     code = (
         "from zmqserve.backends.echo import EchoWorker\n"
         "from zmqserve.worker import WorkerConfig\n"
-        f"EchoWorker(WorkerConfig(model='m', controllers=({controller.endpoint!r},), ttl_s=0.3), **{options!r}).run()\n"
+        f"EchoWorker(WorkerConfig({settings}), **{options!r}).run()\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -359,6 +408,22 @@ def test_a_signal_drains_the_process_and_it_exits_with_0(controller: FakeControl
                 got.append(controller.expect(m.MORE, m.DRAINING, m.DONE))
             assert m.DRAINING in {each.head.kind for each in got}
             assert len(chunks_of(got, 1)) == 29
+            controller.expect(m.BYE)
+            assert worker.wait(WAIT_S) == 0
+        finally:
+            worker.kill()
+
+
+def test_what_still_runs_after_the_grace_is_left_to_the_controllers_and_that_is_no_failure(controller: FakeController) -> None:
+    with process(controller, grace_s=0.1, delay_per_token_s=60.0) as worker:
+        try:
+            controller.register(timeout_s=30)
+            controller.request(generate(1))
+            controller.expect(m.FIRST)
+            worker.send_signal(signal.SIGTERM)
+            controller.expect(m.DRAINING)
+            controller.request(generate(2))
+            assert controller.expect(m.BUSY).head.rid == 2
             controller.expect(m.BYE)
             assert worker.wait(WAIT_S) == 0
         finally:

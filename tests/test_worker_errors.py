@@ -139,5 +139,5 @@ def test_garbage_of_a_controller_costs_at_most_the_request(controller: FakeContr
         controller.request(generate(9, "still here"))
         assert text_of(controller.answer_of(9), 9) == "still here"
         assert worker._links is not None
-        (link,) = worker._links._ports
+        (link,) = worker._links.workload.links
         assert (link.bad_frames, link.stale_frames) == (3, 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from .errors import ModelLoading, UnknownModel, Unsupported, WorkerLost
 from .jobs import checked
 from .messages import CountTokens, Embed, Generate, ModelCard, ModelDetails, Request
+from .resuming import FEATURE, refused
 
 
 def by_name(cards: Iterable[ModelCard]) -> dict[str, ModelCard]:
@@ -59,15 +60,16 @@ def _asked(request: Generate | Embed) -> list[str]:
 
 def _check_resume(request: Generate, card: ModelCard, backend: str) -> None:
     why = ""
-    if "resume" not in card.features:
+    unfit = refused(request.params, card)
+    if FEATURE not in card.features:
         why = f"the {backend} backend of model {card.name!r} cannot continue an answer"
     elif request.fingerprint is not None and request.fingerprint != card.fingerprint:
         why = f"model {card.name!r} here has fingerprint {card.fingerprint!r}, the answer began with {request.fingerprint!r}"
-    elif request.params.n > 1 or request.params.guided is not None:
-        why = "an answer with n > 1 or guided decoding cannot be continued"
+    elif unfit:
+        why = f"the {backend} backend of model {card.name!r} cannot continue one with {', '.join(unfit)}"
     if why:
         # For the caller the answer is lost with the worker that began it. Sending the same again would not help.
-        lost = WorkerLost(f"the answer's worker was lost, and {why}", data={"model": card.name})
+        lost = WorkerLost(f"the answer's worker was lost, and {why}", data={"model": card.name, "parameters": unfit})
         lost.retryable = False
         raise lost
 

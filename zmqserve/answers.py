@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Iterable
 from struct import Struct
+from typing import Protocol
 
 import msgspec
 
@@ -41,6 +40,12 @@ CHUNK_BYTES = 100
 _pack_one = Struct("<I").pack
 
 
+class Cancellable(Protocol):
+    """A timer or a task."""
+
+    def cancel(self) -> object: ...
+
+
 class Answer:
     """One request in progress: to whom it goes, since when, and how it ends. Just one DONE or FAILED leaves.
 
@@ -56,8 +61,8 @@ class Answer:
         self.arrived_s = arrived_s
         self.worker = worker
         self.job: Job | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self.task: Cancellable | None = None
+        self.timer: Cancellable | None = None
         self.started = False
         self.ended = False
         self.stopped: str | None = None
@@ -71,7 +76,7 @@ class Answer:
 
     def timings(self, first_s: float = 0.0) -> Timings:
         """As they are now; `first_s` is when the first chunk was made."""
-        now = time.monotonic()
+        now = self.gather.turn.now()
         first_ms = 1000 * ((first_s or now) - self.arrived_s)
         return Timings(self.worker, self.head.queue_ms, first_ms, 1000 * (now - self.arrived_s))
 
@@ -132,7 +137,7 @@ class Answer:
         head, gather = self.head, self.gather
         lane = gather.lane
         gather.flush()
-        gather.turn.stepped_s = time.monotonic()
+        gather.turn.stepped_s = gather.turn.now()
         lane.answers.pop((head.client, head.rid), None)
         gather.users -= 1
         if not gather.users:
@@ -193,10 +198,12 @@ class Job(GenerateJob):
         return self._gather.lane.congested
 
     def emit(self, delta: Delta) -> None:
-        """The next piece. The piece with which the last choice finishes leaves with `finish`.
+        """The next piece. The piece with which the last choice finishes leaves with `finish`. Of an answer that has ended none leaves.
 
         Raises BackendError for a piece that is too long for a message; the job must fail with it.
         """
+        if self.answer.ended:
+            return
         ids = delta.token_ids
         seq = self._seq
         self._seq = seq + 1
@@ -239,7 +246,7 @@ class Job(GenerateJob):
     def _emit_specially(self, chunk: Chunk) -> None:
         answer = self.answer
         if not self._first_s:
-            self._first_s = time.monotonic()
+            self._first_s = self._gather.turn.now()
             if self._parts is None and self._last is None:
                 gather = self._gather
                 gather.turn.stepped_s = self._first_s

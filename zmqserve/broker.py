@@ -7,6 +7,7 @@ simulations. No input may make it raise: what is wrong is answered, counted and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from random import Random
 
 import msgspec
@@ -14,26 +15,24 @@ import msgspec
 from . import messages as m
 from .config import ControllerConfig
 from .dispatch import POLICIES, Policy
+from .endings import error_message
 from .errors import (
     DeadlineExceeded,
     DuplicateRequest,
     GoingAway,
     InvalidParameter,
     MalformedMessage,
-    ModelLoading,
-    NoWorker,
     ProtocolMismatch,
-    UnknownModel,
-    Unsupported,
-    WorkerLost,
     ZmqserveError,
 )
 from .flight import Envelope, Flight
-from .flights import SENT, Flights, error_message
+from .flights import SENT, Flights
+from .intake import Intake
 from .liveness import Agenda, Lease
 from .membership import Membership
-from .registry import Need, Pool, Registry, Worker
+from .registry import Registry, Worker
 from .status import model_status, snapshot
+from .uplink import Uplink
 from .waiting import WaitingRoom
 
 
@@ -58,7 +57,8 @@ class Broker:
         self.version = version
         self.started_s = now
         self.agenda = Agenda()
-        self.registry = Registry(self._new_policy, lambda: WaitingRoom(config.queue_requests, config.queue_bytes))
+        turns = count(1)
+        self.registry = Registry(self._new_policy, lambda: WaitingRoom(config, turns))
         self.flights = Flights(
             config,
             self.registry,
@@ -80,14 +80,14 @@ class Broker:
             report=report,
             new_epoch=new_epoch,
         )
+        self.intake = Intake(self.registry, config.max_attempts)
+        self.uplinks: list[Uplink] = []
         self.counters = self.flights.counters
         self.endpoints: tuple[list[str], list[str]] = ([], [])
         self.outbox_bytes: Callable[[], int] = lambda: 0
         self.outbox_drops: Callable[[], int] = lambda: 0
         self._send_client, self._send_worker = send_client, send_worker
         self._ticked_s = now
-        self._needs = {tag: Need(verb) for tag, verb in m.VERBS.items()}
-        self._headers = msgspec.msgpack.Decoder(m.RequestHeader)
         self._peek = msgspec.msgpack.Decoder(m.Peek)
         self._messages = m.decoder(m.FromClient)
         self._heads = msgspec.msgpack.Decoder(m.WorkerHead)
@@ -116,20 +116,20 @@ class Broker:
                     client.lease.heard_s = max(client.lease.heard_s, now)
         self._ticked_s = now
         self.agenda.run(now)
-        return self.agenda.next_s()
+        due_s = self.agenda.next_s()
+        for uplink in self.uplinks:
+            uplink_s = uplink.tick(now)
+            due_s = uplink_s if due_s is None else min(due_s, uplink_s)
+        return due_s
 
     # --- from clients
 
     def from_client(self, now: float, envelope: Envelope, payload: bytes) -> None:
         """Take one client-side message."""
+        header = self.intake.read(payload)
         try:
-            header = self._headers.decode(payload)
-            need = self._needs.get(header.tag)
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-            need = None
-        try:
-            if need is not None:
-                self._request(now, envelope, header, need, payload)
+            if header is not None:
+                self._request(now, envelope, header, payload)
             else:
                 self._control(now, envelope, m.read(self._messages, payload))
         except ZmqserveError as error:
@@ -143,45 +143,17 @@ class Broker:
             return 0
         return peek.rid if peek.tag not in (1, 10) and 0 < peek.rid <= m.MAX_RID else 0
 
-    def _request(self, now: float, envelope: Envelope, header: m.RequestHeader, need: Need, payload: bytes) -> None:
-        if header.fingerprint is not None:
-            need = Need(need.verb, header.fingerprint)
+    def _request(self, now: float, envelope: Envelope, header: m.RequestHeader, payload: bytes) -> None:
+        need = self.intake.need(header)
         known = self.flights.clients.get(envelope)
         if known is not None:
             if header.rid in known.flights:
                 raise DuplicateRequest(f"rid {header.rid} is in flight already: draw a new one for each request")
             if known.lease is not None:
                 known.lease.heard_s = now
-        pool = self.registry.find(header.model)
-        if pool is None:
-            models = self.registry.known_models()
-            if not models:  # just started, most likely: its workers are on their way
-                raise NoWorker(f"no worker serves model {header.model!r}: none has registered yet", retry_after_ms=1000)
-            served = f"{', '.join(models[:20])}{', ...' if len(models) > 20 else ''}"
-            raise UnknownModel(
-                f"no worker serves model {header.model!r}; known: {served}", data={"model": header.model, "known_models": models[:100]}
-            )
-        if pool.workers and not pool.can(need):
-            self._cannot(pool, need)
-        if header.attempts >= self.config.max_attempts:
-            lost = WorkerLost(f"the request has lost {header.attempts} workers: giving it up", data={"attempts": header.attempts})
-            lost.retryable = False
-            raise lost
+        pool = self.intake.pool(header, need)
         self.counters["requests"] += 1
         self.flights.admit(known or self.flights.clients.of(envelope), header, need, pool, payload, now)
-
-    def _cannot(self, pool: Pool, need: Need) -> None:
-        if pool.state == "loading":
-            raise ModelLoading(f"model {pool.model!r} is still loading: try again", retry_after_ms=1000, data={"model": pool.model})
-        if need.fingerprint is not None and pool.can(Need(need.verb)):
-            lost = WorkerLost(f"no worker of {pool.model!r} left has its fingerprint {need.fingerprint}", data={"model": pool.model})
-            lost.retryable = False
-            raise lost
-        verbs = sorted({verb for worker in pool.workers.values() for verb in worker.cards[pool.model].verbs})
-        raise Unsupported(
-            f"model {pool.model!r} does not {need.verb}; it can: {', '.join(verbs)}",
-            data={"model": pool.model, "verb": need.verb, "verbs": verbs},
-        )
 
     def _control(self, now: float, envelope: Envelope, message: object) -> None:
         """A message for the controller itself."""
@@ -216,6 +188,8 @@ class Broker:
             queue_bytes=config.queue_bytes,
             default_deadline_ms=int(config.default_deadline_s * 1000),
             ttl_ms=int(config.ttl_s * 1000),
+            client_requests=config.client_requests,
+            client_bytes=config.client_bytes,
         )
         self._send_client(envelope, m.encode(m.Welcome(m.PROTOCOL, self.controller_id, limits, self.version)))
 
@@ -224,10 +198,10 @@ class Broker:
         if client is not None:
             if client.lease is None:
                 client.lease = Lease(ping.ttl_ms / 1000, now)
-                self.flights.watch(client, now)
+                self.flights.deadlines.watch(client, now)
             client.lease.heard_s, client.lease.ttl_s = now, ping.ttl_ms / 1000
         held = client.flights if client is not None else {}
-        self._send_client(envelope, m.encode(m.Pong(self.controller_id, [rid for rid in ping.rids if rid not in held])))
+        self._send_client(envelope, m.encode(m.Pong(self.controller_id, [rid for rid in ping.rids if rid not in held or held[rid].told])))
 
     def _drain(self, now: float, envelope: Envelope, drain: m.Drain) -> None:
         worker = self.registry.by_name.get(drain.worker)
@@ -273,7 +247,7 @@ class Broker:
         worker.lease.heard_s = now
         if head.kind == m.MORE:
             route = self.flights.routes.get(m.more_head(head.epoch, head.client))
-            if route is None:
+            if route is None or route.told == route.flights:
                 self.counters["dropped: no open flight"] += 1
             else:
                 self.flights.answer(route.client, payload, now)
@@ -293,24 +267,24 @@ class Broker:
             self.members.violation(now, identity, f"kind {head.kind} is not one that a worker sends")
 
     def shut_down(self, now: float) -> bool:
-        """The controller is leaving: every request ends as GoingAway, and workers stop what they run for it.
+        """The controller is leaving: it says BYE to its parents, every request ends as GoingAway, and workers stop what they run for it.
 
         Returns whether anybody had to be told.
         """
+        for uplink in self.uplinks:
+            uplink.close(now)
         clients = list(self.flights.clients.values())
         for client in clients:
             self._send_client(client.envelope, m.encode(m.GoAway("the controller is shutting down")))
             self.flights.detach(client, now, "shut down", GoingAway("the controller is shutting down", retry_after_ms=1000))
-        return bool(clients)
+        return bool(clients or self.uplinks)
 
     def _ready(self, now: float, identity: bytes, worker: Worker | None, number: int, payload: bytes, certain: bool) -> None:
-        """READY registers a worker, or again with its epoch when what it offers has changed."""
-        if worker is not None:
-            meant = number == worker.epoch or (certain and number == 0)
-        else:
-            meant = certain or self.members.was_told(identity, number)
+        """READY registers a worker, anew with 0 or the number that came with REREGISTER; with its epoch it changes what it offers."""
+        # Of several that are under way the last must win, so an unknown worker's changes of a registration that is over don't count.
+        meant = (certain and number == 0) or (number == worker.epoch if worker is not None else self.members.was_told(identity, number))
         if meant:
-            self.members.register(now, identity, payload)
+            self.members.register(now, identity, payload, update=worker is not None and number == worker.epoch)
         elif worker is None:
             self.members.tell_to_register(now, identity)
         else:
@@ -321,7 +295,8 @@ class Broker:
         if head.kind == m.FIRST:
             if not flight.started:
                 flights.started(flight, now)
-            flights.answer(flight.client, payload, now)
+            if not flight.told:
+                flights.answer_first(flight, payload, now)
             return
         if head.kind == m.BUSY:
             if flight.started or not flight.slotted:

@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def controller(args: argparse.Namespace) -> int:
     """Run a controller until SIGINT or SIGTERM."""
     logs.configure(args.log_level, args.log_json)
-    config = load_config(args.config, clients=args.clients, workers=args.workers, dispatch=args.dispatch)
+    config = load_config(
+        args.config, clients=args.clients, workers=args.workers, parents=args.parent, name=args.name, dispatch=args.dispatch
+    )
     broker = Controller(config)
     broker.bind()
 
@@ -214,6 +216,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--workers", action="append", metavar="ENDPOINT", help=f"bind for workers; may be repeated (default {WORKER_ENDPOINT})"
     )
     serve.add_argument("--dispatch", choices=sorted(POLICIES), help="how a worker is chosen (default shortest_queue)")
+    serve.add_argument(
+        "--parent",
+        action="append",
+        metavar="ENDPOINT",
+        help="the worker side of a controller above, to be a worker of; may be repeated (default none)",
+    )
+    serve.add_argument("--name", help="what parents know this controller by (default: controller, host and a random suffix)")
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of ControllerConfig's settings; options win over it")
     _log_options(serve)
 

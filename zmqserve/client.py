@@ -18,7 +18,6 @@ from .errors import InvalidEndpoint, InvalidParameter, MalformedMessage, Unsuppo
 from .messages import (
     ControllerStatus,
     Details,
-    Drain,
     DrainReply,
     Embedding,
     Generate,
@@ -60,7 +59,13 @@ class Client:
     context: a ZeroMQ context to share (needed for ``inproc://``); None: one of its own.
     timeout_s: deadline of requests that name none; None: no deadline.
     connect_timeout_s: how long each endpoint may take to answer before ControllerUnreachable.
-    ttl_s: a controller silent for so long while requests are open is lost (ControllerLost); it does the same with this client.
+    ttl_s: the controller gives this client up after so much silence; the client does the same with a controller, by the ttl that that
+    one tells (3 s by default), or this where it tells none.
+    failover_s: requests under way whose controller was lost look for another (or the same, when it is back) for so long, then end
+    as ControllerLost. New ones are tried at each endpoint once.
+    resume: answers that have begun go on elsewhere, from where they were; False: they end with WorkerLost or ControllerLost.
+    retries: how often a request is sent again that ends, before its first chunk, with an error that may pass (Overloaded, ...), each
+    time after what the error's `retry_after_ms` says, within the deadline. Both stand for verbs that are not told otherwise.
     buffer_bytes: what may lie unread in one stream before it ends as SlowConsumer.
     name: shown by the controller.
 
@@ -75,6 +80,9 @@ class Client:
         timeout_s: float | None = None,
         connect_timeout_s: float = 0.75,
         ttl_s: float = 3.0,
+        failover_s: float = 10.0,
+        resume: bool = True,
+        retries: int = 0,
         buffer_bytes: int = 16 * 2**20,
         name: str = "",
     ) -> None:
@@ -86,12 +94,15 @@ class Client:
         if not self.endpoints:
             raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
         self._timeout_s = None if timeout_s is None else requests.check_duration("timeout_s", timeout_s)
+        self._resume = requests.check_switch("resume", resume)
+        self._retries = requests.check_count("retries", retries)
         self._connection = Connection(
             self.endpoints,
             context=context,
             name=name,
             ttl_s=requests.check_duration("ttl_s", ttl_s),
             connect_timeout_s=requests.check_duration("connect_timeout_s", connect_timeout_s),
+            failover_s=requests.check_duration("failover_s", failover_s),
             buffer_bytes=buffer_bytes,
             limits=SocketLimits(),
         )
@@ -123,6 +134,8 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream: ...
 
@@ -138,6 +151,8 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion: ...
 
@@ -152,6 +167,8 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Any,
     ) -> Stream | Completion:
         """Continue a prompt: a text, its token ids, or messages. Returns a Stream, or with ``stream=False`` a Completion.
@@ -159,9 +176,10 @@ class Client:
         params, and keywords such as ``max_tokens=32``, which win over it: see SamplingParams.
         timeout_s: the deadline, time in the queue included. priority: -100 to 100, lower is served first.
         affinity: requests with one key keep one worker, as far as load allows. trace: a W3C traceparent.
+        resume, retries: see Client; None: as it says.
         """
-        routing = self._routing(timeout_s, priority, affinity, trace)
-        return self._generate(requests.generate(model, prompt, params, sampling, routing), stream=stream)
+        routing = self._routing(timeout_s, priority, affinity, trace, resume, retries)
+        return self._generate(requests.generate(model, prompt, params, sampling, routing), routing, stream=stream)
 
     @overload
     def chat(
@@ -175,6 +193,8 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Stream: ...
 
@@ -190,6 +210,8 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Unpack[Sampling],
     ) -> Completion: ...
 
@@ -204,12 +226,14 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
         **sampling: Any,
     ) -> Stream | Completion:
         """Answer a conversation, put into the model's own chat template. Options as in `generate`."""
-        routing = self._routing(timeout_s, priority, affinity, trace)
+        routing = self._routing(timeout_s, priority, affinity, trace, resume, retries)
         turns = requests.conversation(messages)
-        return self._generate(requests.generate(model, turns, params, sampling, routing), stream=stream)
+        return self._generate(requests.generate(model, turns, params, sampling, routing), routing, stream=stream)
 
     def embed(
         self,
@@ -221,6 +245,7 @@ class Client:
         priority: int = 0,
         affinity: str | None = None,
         trace: str | None = None,
+        retries: int | None = None,
         **options: Unpack[EmbedOptions],
     ) -> Vectors:
         """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (Unsupported says how to get it)."""
@@ -229,8 +254,8 @@ class Client:
         except ImportError:
             what = 'embed returns numpy arrays, and numpy is not installed: pip install "zmqserve[embeddings]"'
             raise Unsupported(what, data={"parameter": "embed"}) from None
-        routing = self._routing(timeout_s, priority, affinity, trace)
-        reply = self._ask(requests.embed(model, texts, params, options, routing), Embedding)
+        routing = self._routing(timeout_s, priority, affinity, trace, retries=retries)
+        reply = self._ask(requests.embed(model, texts, params, options, routing), Embedding, routing)
         rows, columns = reply.shape
         if reply.dtype != "float32" or rows != len(texts) or columns < 0 or len(reply.data) != rows * columns * 4:
             what = f"{len(reply.data)} bytes of {reply.dtype} for {rows} x {columns}"
@@ -239,11 +264,13 @@ class Client:
 
     def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> int:
         """How many tokens a prompt or conversation is, special tokens and chat template included."""
-        return self._ask(requests.count_tokens(model, prompt, self._routing(timeout_s)), Tokens).count
+        routing = self._routing(timeout_s)
+        return self._ask(requests.count_tokens(model, prompt, routing), Tokens, routing).count
 
     def model_details(self, model: str, *, timeout_s: float | None = None) -> ModelCard:
         """What one of the model's workers says about it."""
-        return self._ask(requests.model_details(model, self._routing(timeout_s)), Details).card
+        routing = self._routing(timeout_s)
+        return self._ask(requests.model_details(model, routing), Details, routing).card
 
     # --- the network ---------------------------------------------------------------------------
 
@@ -261,24 +288,40 @@ class Client:
 
     # --- how -----------------------------------------------------------------------------------
 
-    def _routing(self, timeout_s: float | None, priority: int = 0, affinity: str | None = None, trace: str | None = None) -> Routing:
-        return Routing(self._timeout_s if timeout_s is None else timeout_s, priority, affinity, trace)
+    def _routing(
+        self,
+        timeout_s: float | None = None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        resume: bool | None = None,
+        retries: int | None = None,
+    ) -> Routing:
+        """With the client's defaults for what is None."""
+        return Routing(
+            self._timeout_s if timeout_s is None else timeout_s,
+            priority,
+            affinity,
+            trace,
+            resume=self._resume if resume is None else resume,
+            retries=self._retries if retries is None else retries,
+        )
 
-    def _generate(self, request: Generate, *, stream: bool) -> Stream | Completion:
+    def _generate(self, request: Generate, routing: Routing, *, stream: bool) -> Stream | Completion:
         if stream:
-            return Stream(self._connection, self._connection.open(request, timeout_s=self._limit_s(request), collect=False))
-        return completed(self._finished(request))
+            return Stream(self._connection, self._open(request, routing, collect=False))
+        return completed(self._finished(request, routing))
 
-    def _ask(self, request: ClientRequest, kind: type[A]) -> A:
+    def _ask(self, request: ClientRequest, kind: type[A], routing: Routing | None = None) -> A:
         """Ask and wait. The session sees to it that the end is an answer of this kind or an error."""
-        end = self._finished(request).end
+        end = self._finished(request, routing or self._routing()).end
         if isinstance(end, kind):
             return end
         raise cast("ZmqserveError", end)
 
-    def _finished(self, request: ClientRequest) -> Call:
+    def _finished(self, request: ClientRequest, routing: Routing) -> Call:
         """The request's call when it has ended. An interrupt cancels it."""
-        call = self._connection.open(request, timeout_s=self._limit_s(request), collect=True)
+        call = self._open(request, routing, collect=True)
         try:
             self._connection.wait(call)
         except BaseException:
@@ -286,11 +329,9 @@ class Client:
             raise
         return call
 
-    def _limit_s(self, request: ClientRequest) -> float | None:
-        """How long to wait: what the request says to the controller, or the client's default where it cannot say it."""
-        if isinstance(request, ListModels | Status | Drain) or request.deadline_ms is None:
-            return self._timeout_s
-        return request.deadline_ms / 1000
+    def _open(self, request: ClientRequest, routing: Routing, *, collect: bool) -> Call:
+        timeout_s = None if routing.deadline_ms is None else routing.deadline_ms / 1000
+        return self._connection.open(request, timeout_s=timeout_s, collect=collect, resume=routing.resume, retries=routing.retries)
 
 
 def _to_connect(endpoint: str) -> str:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from random import Random
 from time import monotonic
 
 import zmq
@@ -32,8 +33,10 @@ NAP_S = 1.0
 """The longest sleep of a leader, and how often the keeper looks; with a short ttl it is the time between Pings."""
 NAP_LEAST_S = 0.05
 """The shortest sleep of a keeper beside a leader."""
+GREETING_NAP_S = 0.02
+"""The sleep of a keeper that looks for a controller alone: for streams that nobody waits for just now."""
 PARK_NAPS = 2
-"""After so many looks at a client without open requests the keeper sleeps until there is one."""
+"""After so many of the longest sleeps without a request the keeper sleeps until there is one."""
 CLOSE_LINGER_MS = 100
 """How long the last Cancels may take to leave when a client with open requests is closed."""
 
@@ -59,6 +62,7 @@ class Connection:
         name: str,
         ttl_s: float,
         connect_timeout_s: float,
+        failover_s: float,
         buffer_bytes: int,
         limits: SocketLimits,
     ) -> None:
@@ -67,17 +71,25 @@ class Connection:
         self._mutex = threading.Lock()
         self._line = Line(context, limits)
         self._session = Session(
-            self._line, endpoints, name=name, ttl_s=ttl_s, connect_timeout_s=connect_timeout_s, buffer_bytes=buffer_bytes
+            self._line,
+            endpoints,
+            random=Random(),
+            name=name,
+            ttl_s=ttl_s,
+            connect_timeout_s=connect_timeout_s,
+            failover_s=failover_s,
+            buffer_bytes=buffer_bytes,
         )
         self._nap_most_s = min(NAP_S, ttl_s / BEATS_PER_TTL)
         self._leader: _Seat | None = None
+        self._suspects = False
         self._leader_s = self._sleeps_until_s = 0.0
         self._followers: dict[_Seat, None] = {}
         self._abandoned: deque[Call] = deque()
         self._keeper = Keeper(self._look)
         self._parked = False
         self._looks_s = 0.0
-        self._idle_naps = 0
+        self._busy_s = 0.0
         self._closed = False
 
     def __del__(self) -> None:
@@ -93,12 +105,16 @@ class Connection:
 
     # --- what readers do -----------------------------------------------------------------------
 
-    def open(self, request: ClientRequest, *, timeout_s: float | None, collect: bool) -> Call:
+    def open(self, request: ClientRequest, *, timeout_s: float | None, collect: bool, resume: bool, retries: int) -> Call:
         """Send a request: it has left when this returns. Raises as Session.open, and what kept it from being sent."""
         with self._mutex:
+            now = self._busy_s = monotonic()
+            if self._leader is None:
+                # Nobody slept on the socket, so nobody has seen it yet.
+                self._look_for_break(now)
             if self._closed:
                 raise closed()
-            call = self._session.open(monotonic(), request, timeout_s=timeout_s, collect=collect)
+            call = self._session.open(now, request, timeout_s=timeout_s, collect=collect, resume=resume, retries=retries)
             self._after_send()
             self._keeper.start()
             self._call_keeper()
@@ -162,7 +178,10 @@ class Connection:
                 if not leads:
                     seat.gate.acquire()
                 elif nap_s > 0:
-                    woken = bool(poller.poll(nap_s * 1000))
+                    events = poller.poll(nap_s * 1000)
+                    woken = bool(events)
+                    if woken and self._line.tells_break(events):
+                        self._suspects = True
                     self._line.dirty = True
         except BaseException:
             with self._mutex:
@@ -190,14 +209,26 @@ class Connection:
         now = monotonic()
         due_s = self._session.next_s()
         due = due_s is not None and due_s <= now
-        # All is read before the session may say that somebody is silent.
+        looks = due or self._suspects or self._line.broken
+        # All is read before the session may say that somebody is silent or gone.
         if self._line.dirty:
-            self._read(now, None if due else call, woken=woken)
+            self._read(now, None if looks else call, woken=woken)
+        if looks:
+            self._look_for_break(now)
         if due or self._session.blocked or self._abandoned:
             self._session.flush()
             self._cancel_abandoned()
             self._session.tick(now)
             self._read(now, call)
+
+    def _look_for_break(self, now: float) -> None:
+        """Tell the session when the connection has broken, once all that came on it was read."""
+        self._suspects = False
+        if self._line.broke():
+            self._read(now, None)
+            if self._line.broken and not self._line.dirty:
+                self._line.broken = False
+                self._session.on_disconnected(now)
 
     def _read(self, now: float, call: Call | None, *, woken: bool = False) -> None:
         """`woken`: by the socket, most likely, so that it need not be asked first."""
@@ -207,9 +238,9 @@ class Connection:
             if not (woken or line.readable()):
                 line.dirty = False
                 return
-            recv = line.recv
             for _ in range(TURN_MESSAGES):
-                on_message(now, recv())
+                # Not bound outside of the loop: a message may make the session connect anew.
+                on_message(now, line.recv())
                 if call is not None and call.ready:
                     return
         except zmq.Again:
@@ -266,6 +297,8 @@ class Connection:
             self._leader = None
             if self._closed:
                 self._line.bell.close()
+            elif self._session.calls:
+                self._call_keeper()
 
     def _call_up(self, seat: _Seat) -> None:
         """Wake a follower: its call is ready."""
@@ -292,21 +325,25 @@ class Connection:
         """The keeper's round: see that Pings go out, and that somebody leads. Returns how long it may sleep, None: until it is woken."""
         with self._mutex:
             if self._leader is None:
-                self._line.dirty = True
+                self._line.dirty = self._suspects = True
                 self._turn(None)
             elif monotonic() - self._leader_s > 3 * NAP_S:
                 # An interrupt hit its thread in the few instructions where nothing guards the lead.
                 self._line.renew_poller()
                 self._hand_over()
-            self._idle_naps = 0 if self._session.calls else self._idle_naps + 1
-            self._parked = self._idle_naps > PARK_NAPS
+            now = monotonic()
+            if self._session.calls:
+                self._busy_s = now
+            self._parked = now - self._busy_s > PARK_NAPS * self._nap_most_s
             if self._parked:
                 return None
             if self._leader is None:
-                nap_s = self._nap_s()
+                # Nobody sleeps on the socket, so nobody sees at once when it can be written to or has an answer to a Hello.
+                nap_s = min(self._nap_s(), GREETING_NAP_S if self._session.greets else NAP_S)
             else:
                 # Who leads does what is due, but may leave before.
                 due_s = self._session.next_s()
                 nap_s = self._nap_most_s if due_s is None else min(self._nap_most_s, max(NAP_LEAST_S, due_s - monotonic()))
-            self._looks_s = monotonic() + nap_s
+            # Not a moment later than what is due then, or each request would wake the keeper for it.
+            self._looks_s = now + nap_s
             return nap_s

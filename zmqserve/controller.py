@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from math import ceil
 from random import Random
+from socket import gethostname
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,14 +20,17 @@ import zmq
 from .broker import Broker
 from .config import ControllerConfig, load_config
 from .logs import Logger
+from .parents import Parents
 from .relay import Port, Relay
 from .release import installed_version
-from .sockets import Binding, SocketLimits, raise_descriptor_limit, router
+from .sockets import Binding, Monitor, SocketLimits, raise_descriptor_limit, router
 
 log = Logger("zmqserve.controller")
 
 DRAIN = 256
 """Messages read from one socket before the other gets its turn. One a poll would be 2.6 times slower than 64."""
+LAST_WORDS = 1024
+"""Messages read of workers when a connection has broken, before it is asked whose it was."""
 MOST_POLL_S = 0.25
 """The longest sleep, less with a short ttl: the broker takes a longer gap than half a ttl for a pause of the process."""
 FAREWELL_S = 0.1
@@ -59,6 +63,7 @@ class Controller:
         self._reporter = report or _log
         self._bindings: list[Binding] = []
         self._relay: Relay | None = None
+        self._parents: Parents | None = None
         self._thread: threading.Thread | None = None
         self._stopping = self._running = False
         self._wake_r, self._wake_w = -1, -1
@@ -103,10 +108,15 @@ class Controller:
                 for endpoint in endpoints:
                     self._bindings.append(Binding(socket, endpoint))
                     bound.append(self._bindings[-1].endpoint)
+            return self._relay_of(sockets)
         except Exception:
             self._close(sockets)
             raise
-        clients, workers = (Port(socket, config.outbox_bytes) for socket in sockets)
+
+    def _relay_of(self, sockets: list[zmq.Socket[bytes]]) -> Relay:
+        config = self.config
+        clients = Port(sockets[0], config.outbox_bytes, total_bytes=config.outbox_total_bytes)
+        workers = Port(sockets[1], config.outbox_bytes)
         broker = Broker(
             config,
             controller_id=self.id,
@@ -121,6 +131,9 @@ class Controller:
         broker.endpoints = (self.client_endpoints, self.worker_endpoints)
         broker.outbox_bytes = lambda: clients.waiting_bytes + workers.waiting_bytes
         broker.outbox_drops = lambda: clients.dropped + workers.dropped
+        if config.parents and self._context is not None:
+            name = config.name or f"controller-{gethostname()[:64]}-{self.id[:6]}"
+            self._parents = Parents(broker, self._context, name, self._report, Random(), time.monotonic())
         ends = {"clients": self.client_endpoints, "workers": self.worker_endpoints}
         self._report("controller up", controller=self.id, **ends, dispatch=config.dispatch)
         return Relay(broker, clients, workers)
@@ -169,21 +182,28 @@ class Controller:
         broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket
         pollin = int(zmq.POLLIN)
         most_poll_s = min(MOST_POLL_S, self.config.ttl_s / 6)
-        watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (self._wake_r, pollin)]
-        while not self._stopping:
-            now = time.monotonic()
-            due_s = broker.tick(now)
-            retry_s = None
-            if relay.clients.outboxes or relay.workers.outboxes:
-                relay.flush(now)
-                retry_s = relay.next_s()
-            next_s = min(when_s for when_s in (now + most_poll_s, due_s, retry_s) if when_s is not None)
-            ready = dict(zmq.zmq_poll(watched, max(0, ceil((next_s - now) * 1000))))
-            now = time.monotonic()
-            if workers in ready:
-                relay.from_workers(now, DRAIN)
-            if clients in ready:
-                relay.from_clients(now, DRAIN)
+        with contextlib.closing(Monitor(workers)) as monitor:
+            watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (monitor.fd, pollin), (self._wake_r, pollin)]
+            while not self._stopping:
+                now = time.monotonic()
+                due_s = broker.tick(now)
+                retry_s = None
+                if relay.clients.outboxes or relay.workers.outboxes:
+                    relay.flush(now)
+                    retry_s = relay.next_s()
+                next_s = min(when_s for when_s in (now + most_poll_s, due_s, retry_s) if when_s is not None)
+                above = self._parents.polled() if self._parents is not None else []
+                ready = dict(zmq.zmq_poll(watched + above, max(0, ceil((next_s - now) * 1000))))
+                now = time.monotonic()
+                if self._parents is not None:
+                    self._parents.serve(now, ready, DRAIN)
+                if workers in ready:
+                    relay.from_workers(now, DRAIN)
+                if clients in ready:
+                    relay.from_clients(now, DRAIN)
+                if monitor.fd in ready and monitor.take():
+                    relay.from_workers(now, LAST_WORDS)  # a BYE that came before its connection broke is heard before
+                    broker.members.disconnected(now)
 
     def _farewell(self, relay: Relay) -> None:
         until_s = time.monotonic() + FAREWELL_S
@@ -196,6 +216,11 @@ class Controller:
             pipe, self._wake_r, self._wake_w = (self._wake_r, self._wake_w), -1, -1  # first: a signal handler may call `stop` now
             for end in pipe:
                 os.close(end)
+        if self._parents is not None:
+            self._parents.close(LINGER_MS)
+            self._parents = None
+        for binding in self._bindings:
+            binding.unbind()
         for socket in sockets:
             socket.close(linger=LINGER_MS)
         if self._own_context and self._context is not None:
@@ -208,5 +233,5 @@ class Controller:
         self.worker_endpoints.clear()
 
 
-def _log(event: str, **fields: object) -> None:
-    log.info(event, **fields)
+def _log(event: str, level: object = "info", **fields: object) -> None:
+    getattr(log, str(level))(event, **fields)

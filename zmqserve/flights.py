@@ -14,18 +14,21 @@ from random import Random
 from . import messages as m
 from .clients import Clients
 from .config import ControllerConfig
-from .errors import DeadlineExceeded, NoWorker, Overloaded, SlowConsumer, WorkerLost, ZmqserveError
+from .deadlines import Deadlines
+from .endings import cancelled_message, error_message, slow_consumer, too_late, worker_lost
+from .errors import NoWorker, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
 from .liveness import Agenda
 from .registry import Need, Pool, Registry, Worker
+from .shedding import dropped_ends
+from .waiting import Rank
 
 SENT, GONE, FULL = range(3)
 """What a send says: it is on its way; nobody is there any more; the peer does not read and its outbox is at its limit."""
 
-
 OUTCOMES = frozenset(
     {"ok", "stop", "length", "cancelled", "failed", "deadline", "worker_lost", "no_worker"}
-    | {"client gone", "client silent", "slow consumer", "shut down"}
+    | {"client gone", "client silent", "slow consumer", "shut down", "parent gone"}
 )
 """What is counted by its name; a worker may say anything, and counters are for good."""
 
@@ -52,6 +55,8 @@ class Flights:
         self.routes: dict[bytes, Route] = {}
         self.counters: Counter[str] = Counter()
         self.running = 0
+        self.drop_outbox: Callable[[bytes], list[tuple[bytes, ...]]] = lambda _: []
+        self.deadlines = Deadlines(self, report)
         self._homeless: deque[Flight] = deque()
         self._placing = False
         self._send_client, self._send_worker = send_client, send_worker
@@ -63,24 +68,41 @@ class Flights:
     # --- towards the client
 
     def answer(self, client: Client, payload: bytes, now: float) -> None:
-        """Send to the client, unless it is gone; learn here that it is."""
+        """Send chunks to the client, unless it is gone; learn here that it is."""
         if client.gone:
+            return
+        if client.above is not None:
+            client.above.more(payload, now)
             return
         status = self._send_client(client.envelope, payload)
         if status != SENT:
             self.connection_failed(client.envelope[0], status, now)
 
+    def answer_first(self, flight: Flight, payload: bytes, now: float) -> None:
+        """Send its first chunk."""
+        if flight.client.above is None:
+            self.answer(flight.client, payload, now)
+        elif not flight.client.gone:
+            flight.client.above.first(flight.rid, payload, now)
+
+    def answer_last(self, flight: Flight, payload: bytes, now: float, outcome: str, code: int, tokens: tuple[int, int]) -> None:
+        """Send what ends it."""
+        if flight.client.above is None:
+            self.answer(flight.client, payload, now)
+        elif not flight.client.gone:
+            flight.client.above.end(flight.rid, payload, now, outcome, code, tokens)
+
     def connection_failed(self, connection: bytes, status: int, now: float) -> None:
-        """A send to this connection was GONE or FULL: let go of every client behind it."""
-        for client in self.clients.behind(connection):
-            if status == FULL:
-                limit = self.config.outbox_bytes
-                error = SlowConsumer(
-                    f"the client did not read: {limit} bytes wait for it, which is the limit", data={"outbox_bytes": limit}
-                )
-                self.detach(client, now, "slow consumer", error)
-            else:
+        """A send to this connection was GONE or FULL: let go of every client behind it, and of what waits for one that is FULL."""
+        if status != FULL:
+            for client in self.clients.behind(connection):
                 self.detach(client, now, "client gone")
+            return
+        error = slow_consumer(self.config.outbox_bytes, self.config.outbox_total_bytes)
+        for envelope, rid in dropped_ends(self.drop_outbox(connection)):
+            self._send_client(envelope, error_message(rid, error))
+        for client in self.clients.behind(connection):
+            self.detach(client, now, "slow consumer", error)
 
     def detach(self, client: Client, now: float, why: str, error: ZmqserveError | None = None) -> None:
         """Let go of a client: its requests are cancelled, with `error` as their end if it is still there to read it."""
@@ -90,49 +112,63 @@ class Flights:
         self.counters[f"clients: {why}"] += 1
         self.clients.forget(client)
         for flight in list(client.flights.values()):
-            if error is not None:
+            if error is not None and not flight.told:
                 self._send_client(client.envelope, error_message(flight.rid, error))
             self.cancel(flight, now, why)
 
     # --- admit and dispatch
 
-    def admit(self, client: Client, header: m.RequestHeader, need: Need, pool: Pool, payload: bytes, now: float) -> None:
-        """Take a request on: it goes to a worker now or waits. Raises Overloaded when it can do neither."""
+    def admit(
+        self, client: Client, header: m.RequestHeader, need: Need, pool: Pool, payload: bytes, now: float, queued_ms: float = 0.0
+    ) -> None:
+        """Take a request on, which waited in other controllers for `queued_ms`: it goes to a worker now or waits.
+
+        Raises Overloaded when it can do neither.
+        """
         flight = Flight(client, header, need, pool, payload, now)
+        flight.queued_ms = queued_ms
         worker = self._pick(flight)
-        if worker is None and not pool.waiting.has_room(len(payload)):
-            self._forget_idle(client)
-            raise Overloaded(
-                f"{pool.model}: {len(pool.waiting)} requests ({pool.waiting.bytes} bytes) wait already, which is the limit",
-                retry_after_ms=pool.waiting.retry_after_ms(),
-                data={"model": pool.model, "waiting": len(pool.waiting)},
-            )
+        if worker is None:
+            try:
+                pool.waiting.check(client, len(payload), pool.model, pool.running)
+            except ZmqserveError:
+                self._forget_idle(client)
+                raise
         client.flights[flight.rid] = flight
         if flight.deadline_s is not None:
-            flight.timer = self.agenda.at(flight.deadline_s, lambda now: self._too_late(flight, now))
+            flight.timer = self.agenda.at(flight.deadline_s, lambda now: self.deadlines.too_late(flight, now))
         if client.timer is None:
-            self.watch(client, now)
+            self.deadlines.watch(client, now)
         if worker is None:
+            before = pool.trials_at_once
             pool.waiting.push(flight)
+            if pool.trials_at_once > before:
+                for member in list(pool.workers.values()):
+                    self.feed(member, now)
         else:
             self._dispatch(flight, worker, now)
             self._place_homeless(now)
 
     def feed(self, worker: Worker, now: float) -> None:
-        """Give a worker what waits for it while it has room: the first by priority and arrival over all its models."""
+        """Give a worker what waits for it while it has room: by priority, then in turn, over all its models."""
         while worker.usable:
-            first: Flight | None = None
+            first: tuple[Rank, Flight] | None = None
             for pool in worker.pools:
                 if len(pool.waiting):
                     able = frozenset(need for need in pool.waiting.needs() if worker.has_room(need) and pool.serves(worker, need))
-                    flight = pool.waiting.head(able)
-                    if flight is not None and (first is None or (flight.priority, flight.arrived_s) < (first.priority, first.arrived_s)):
-                        first = flight
+                    head = pool.waiting.first(able)
+                    if head is not None and (first is None or head[0] < first[0]):
+                        first = head
             if first is None:
                 break
-            first.pool.waiting.take(first, now)
-            self._dispatch(first, worker, now)
+            flight = first[1]
+            flight.pool.waiting.take(flight)
+            self._dispatch(flight, worker, now)
         self._place_homeless(now)
+
+    def has_room(self, pool: Pool, need: Need) -> bool:
+        """Whether a request that takes a slot would get one at once."""
+        return pool.pick(need, self._random) is not None
 
     def _pick(self, flight: Flight) -> Worker | None:
         if flight.slotted:
@@ -144,6 +180,8 @@ class Flights:
         flight.worker = worker
         flight.dispatched_s = now
         worker.flights[client.number, flight.rid] = flight
+        flight.on_trial = flight.need.trial
+        worker.trials += flight.on_trial
         self.running += 1
         flight.pool.running += 1
         if flight.slotted:
@@ -155,7 +193,7 @@ class Flights:
         route.flights += 1
         flight.route = route
         left_ms = min(2**53, max(1, int((flight.deadline_s - now) * 1000))) if flight.deadline_s is not None else None
-        queue_ms = (now - flight.arrived_s) * 1000
+        queue_ms = flight.queued_ms + (now - flight.arrived_s) * 1000
         request = m.ControllerHead(m.REQUEST, worker.epoch, client.number, flight.rid, left_ms, flight.attempts, queue_ms)
         status = self._send_worker(worker.identity, m.encode(request), flight.payload)
         if status != SENT:
@@ -179,9 +217,19 @@ class Flights:
             else:
                 waiting.append(flight)
         for flight in reversed(waiting):  # each goes to the head: the last of them first, so that they keep their order
-            if flight.open:
+            if flight.open and not self._hand_back(flight, now):
                 flight.pool.waiting.push(flight, front=True)
         self._placing = False
+
+    def _hand_back(self, flight: Flight, now: float) -> bool:
+        """The parent that sent it keeps the queue, and may know another way. It cannot be told of an attempt that was spent here."""
+        above = flight.client.above
+        if above is None or not flight.slotted or flight.attempts != flight.attempts_before:
+            return False
+        self._close(flight)
+        above.busy(flight.rid, now)
+        self._forget_idle(flight.client)
+        return True
 
     # --- what a worker says of a flight
 
@@ -190,33 +238,40 @@ class Flights:
         flight.started = True
         flight.first_s = now
         flight.payload = b""
+        worker = flight.worker
+        if flight.on_trial and worker is not None:
+            flight.on_trial = False
+            worker.trials -= 1
+            self.feed(worker, now)
 
     def busy(self, flight: Flight, now: float) -> None:
         """Its worker has no slot after all: back to the head of the queue, with no attempt spent.
 
-        Others fill that worker: it counts as full until its next heartbeat tells by how much.
+        Others fill that worker: it counts as full until its next heartbeat tells by how much. A controller below does so for this
+        model only: behind it are workers of others.
         """
         worker = self._release(flight)
         self.counters["busy"] += 1
-        worker.others = max(worker.others, worker.slots - worker.running)
-        self.registry.touch(worker)
+        if worker.controllers:
+            flight.pool.full.add(worker)
+        else:
+            worker.others = max(worker.others, worker.slots - worker.running)
+            self.registry.touch(worker)
         if flight.ending is not None:
             self.settle_unsent(flight, now, flight.ending)
             return
         self._homeless.append(flight)
-        self._place_homeless(now)
+        self.feed(worker, now)
 
     def settle(self, flight: Flight, now: float, outcome: str, last: bytes, code: int = 0, tokens: tuple[int, int] = (0, 0)) -> None:
         """It has ended: close its books, send its `last` message, and give its slot to who waits."""
         worker = self._release(flight) if flight.worker is not None else None
-        client = flight.client
-        flight.open = False
-        del client.flights[flight.rid]
-        for timer in (flight.timer, flight.cancel_timer):
-            if timer is not None:
-                timer.cancel()
-        self.answer(client, last, now)
-        self._forget_idle(client)
+        if worker is not None and flight.slotted:
+            flight.pool.waiting.rate.served(now - flight.dispatched_s)
+        self._close(flight)
+        if not flight.told:
+            self.answer_last(flight, last, now, outcome, code, tokens)
+        self._forget_idle(flight.client)
         self.counters[f"ended: {outcome if outcome in OUTCOMES else 'other'}"] += 1
         waited_until = flight.dispatched_s if worker is not None else now
         self._report(
@@ -237,16 +292,24 @@ class Flights:
         )
         if worker is not None:
             worker.finished += 1
+            flight.pool.full.discard(worker)
             self.feed(worker, now)
+
+    def _close(self, flight: Flight) -> None:
+        flight.open = False
+        del flight.client.flights[flight.rid]
+        for timer in (flight.timer, flight.cancel_timer):
+            if timer is not None:
+                timer.cancel()
 
     def settle_unsent(self, flight: Flight, now: float, outcome: str, error: ZmqserveError | None = None) -> None:
         """End a flight that no worker has: with the error, as too late, or as cancelled."""
         if outcome == "deadline":
-            error = DeadlineExceeded("the deadline passed before a worker had answered")
+            error = too_late()
         if error is not None:
             self.settle(flight, now, outcome, error_message(flight.rid, error), error.code)
         else:
-            self.settle(flight, now, outcome, m.encode(m.Done(flight.rid, 0, ["cancelled"], m.Usage(0, 0), m.Timings(""))))
+            self.settle(flight, now, outcome, cancelled_message(flight.rid))
 
     def give_up_worker(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
         """The registry has forgotten this worker: its unstarted flights go elsewhere, the others end as WorkerLost.
@@ -262,20 +325,12 @@ class Flights:
             if flight.ending is not None:
                 self.settle_unsent(flight, now, flight.ending)
             elif flight.started or flight.attempts >= self.config.max_attempts:
-                self.settle_unsent(flight, now, "worker_lost", self._worker_lost(flight, worker, why))
+                self.settle_unsent(flight, now, "worker_lost", worker_lost(flight, worker.name, why, self.config.max_attempts))
             else:
                 self.counters["redispatched"] += 1
+                flight.need = flight.need._replace(trial=flight.slotted and flight.attempts > 0)
                 self._homeless.append(flight)
         self._place_homeless(now)
-
-    def _worker_lost(self, flight: Flight, worker: Worker, why: str) -> WorkerLost:
-        again = flight.attempts < self.config.max_attempts
-        text = f"worker {worker.name} was lost ({why})" + (
-            "" if again else f", the {flight.attempts}. one that this request lost: giving it up"
-        )
-        error = WorkerLost(text, data={"worker": worker.name, "attempts": flight.attempts})
-        error.retryable = again
-        return error
 
     def fail_waiting(self, pool: Pool, now: float) -> None:
         """Nobody came back to serve this model: whoever waits for it, and for what no other worker can do, ends as NoWorker."""
@@ -300,46 +355,10 @@ class Flights:
         if flight.ending is not None:
             return
         flight.ending = why
-        flight.cancel_timer = self.agenda.at(now + self.config.cancel_timeout_s, lambda now: self._not_cancelled(worker, now))
+        self.deadlines.expect_end(flight, worker, now)
         head = m.ControllerHead(m.CANCEL, worker.epoch, flight.client.number, flight.rid)
         if self._send_worker(worker.identity, m.encode(head), b"") == GONE:
             self._lose(worker, "connection lost", now)
-
-    def watch(self, client: Client, now: float) -> None:
-        """Arm the client's timer: its lease if it Pings, else the default deadline of its oldest request."""
-        if client.timer is not None:
-            client.timer.cancel()
-        if client.lease is not None:
-            when_s = client.lease.ends_s
-        else:
-            oldest = next(iter(client.flights.values()))
-            when_s = max(now + 1.0, oldest.arrived_s + self.config.default_deadline_s)
-        client.timer = self.agenda.at(when_s, lambda now: self._look_at(client, now))
-
-    def _look_at(self, client: Client, now: float) -> None:
-        client.timer = None
-        if client.lease is not None:
-            if client.lease.expired(now):
-                self.detach(client, now, "client silent")
-                return
-        else:
-            for flight in list(client.flights.values()):
-                if flight.arrived_s + self.config.default_deadline_s > now:
-                    break
-                if flight.deadline_s is None:
-                    self.cancel(flight, now, "deadline")
-        if client.flights and not client.gone:
-            self.watch(client, now)
-
-    def _too_late(self, flight: Flight, now: float) -> None:
-        self.cancel(flight, now, "deadline")
-
-    def _not_cancelled(self, worker: Worker, now: float) -> None:
-        if worker.stalled_s is None:
-            worker.stalled_s = now
-            self.counters["stalled"] += 1
-            self._report("worker stalled", worker=worker.name, why=f"a cancelled request did not end in {self.config.cancel_timeout_s} s")
-            self.registry.touch(worker)
 
     # --- books
 
@@ -350,9 +369,12 @@ class Flights:
             raise RuntimeError(f"{flight!r} is on no worker")
         flight.worker = flight.route = None
         del worker.flights[flight.client.number, flight.rid]
+        worker.trials -= flight.on_trial
+        flight.on_trial = False
         self.running -= 1
         flight.pool.running -= 1
         route.flights -= 1
+        route.told -= flight.told
         if route.flights == 0:
             del self.routes[route.head]
         if flight.slotted:
@@ -362,8 +384,3 @@ class Flights:
     def _forget_idle(self, client: Client) -> None:
         if not client.flights and not client.gone:
             self.clients.forget(client)
-
-
-def error_message(rid: int, error: ZmqserveError) -> bytes:
-    """An exception as the Error message that ends a request."""
-    return m.encode(m.Error(rid, error.code, error.message, error.retryable, error.retry_after_ms, dict(error.data)))

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from .errors import InvalidParameter, Unsupported
 from .messages import CountTokens, Embed, Generate, TokenLogprob
+from .resuming import check_resume
 
 
 class Delta(Struct, frozen=True, gc=False):
@@ -72,6 +73,8 @@ def checked(request: R) -> R:
         if isinstance(request, Generate) and request.token_ids is not None and len(request.token_ids) % 4:
             message = f"token_ids must be u32, 4 bytes each: got {len(request.token_ids)} bytes"
             raise InvalidParameter(message, data={"parameter": "token_ids"})
+        if isinstance(request, Generate):
+            check_resume(request)
     if not isinstance(request, CountTokens) and request.extra:
         reserved = sorted(request.extra)
         raise Unsupported(f"extra is reserved, nothing serves {', '.join(reserved)} yet", data={"parameters": reserved})

@@ -7,7 +7,6 @@ event loop's turn in which they were made, without a timer.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -145,15 +144,16 @@ class Gather:
 
 
 class Turn:
-    """Flushes what was gathered, at the end of the event loop's turn. `stepped_s`: when anything was last made."""
+    """Flushes what was gathered, at the end of the event loop's turn. `stepped_s`: when, by the clock `now`, anything was last made."""
 
-    __slots__ = ("_call_soon", "_gathers", "_wake", "stepped_s")
+    __slots__ = ("_call_soon", "_gathers", "_wake", "now", "stepped_s")
 
-    def __init__(self, call_soon: Callable[[Callable[[], None]], object], wake: Callable[[], None]) -> None:
+    def __init__(self, call_soon: Callable[[Callable[[], None]], object], wake: Callable[[], None], now: Callable[[], float]) -> None:
+        self.now = now
         self._call_soon = call_soon
         self._wake = wake
         self._gathers: list[Gather] = []
-        self.stepped_s = time.monotonic()
+        self.stepped_s = now()
 
     def __repr__(self) -> str:
         return f"Turn({len(self._gathers)} clients)"
@@ -166,7 +166,7 @@ class Turn:
 
     def _end(self) -> None:
         gathers, self._gathers = self._gathers, []
-        self.stepped_s = time.monotonic()
+        self.stepped_s = self.now()
         for gather in gathers:
             gather.flush()
         self._wake()

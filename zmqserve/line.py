@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from .errors import InvalidEndpoint
-from .sockets import SocketLimits, dealer
+from .sockets import Monitor, SocketLimits, dealer
 
 NOBLOCK = int(zmq.NOBLOCK)
 EVENTS = int(zmq.EVENTS)
@@ -51,17 +52,20 @@ class Line:
     """The Wire of a session: a DEALER, a new one for each `connect`.
 
     `recv` reads a message without waiting, or raises zmq.Again, which costs as much as a dozen messages: `readable` asks first.
-    `poller` wakes for the socket and for `bell`. The socket's descriptor is edge-triggered, and any call on the socket may eat the
+    `poller` wakes for the socket, its end and `bell`. The socket's descriptor is edge-triggered, and any call on the socket may eat the
     edge: `dirty` says that something may lie there unread, so that nobody may sleep on `poller` before the socket was found empty.
+    `broken`: the connection has broken, as `broke` found. What had come on it before can still be read.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, limits: SocketLimits) -> None:
         self.bell = Bell()
-        self.dirty = False
+        self.dirty = self.broken = False
         self.recv: Callable[[], bytes] = _nothing
         self._context, self._owns_context = context, context is None
         self._limits = limits
         self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: Monitor | None = None
+        self._break = select.poll()
         self.renew_poller()
 
     def __repr__(self) -> str:
@@ -72,18 +76,23 @@ class Line:
         if self._context is None:
             self._context = zmq.Context()
         self._drop_socket(0)
+        self.broken = False
         try:
-            self._socket = dealer(self._context, endpoint, self._limits, immediate=True)
+            # Not `immediate`: such a socket throws away what it has received when its connection breaks.
+            self._socket = dealer(self._context, endpoint, self._limits, immediate=False)
+            self._monitor = Monitor(self._socket)
+            self._break = select.poll()
+            self._break.register(self._monitor.fd, select.POLLIN)
             self.recv = functools.partial(self._socket.recv, NOBLOCK)
         except (zmq.ZMQError, InvalidEndpoint):
             # No descriptors left, or no such address family here: nobody will answer, which the session tells its callers.
-            pass
+            self._drop_socket(0)
         self.dirty = True
         self.renew_poller()
         self.bell.ring()
 
     def send(self, payload: bytes) -> bool:
-        """False when there is no connection or its pipe is full."""
+        """False when the pipe is full, or there is none. What leaves before the connection is there waits for it."""
         if self._socket is None:
             return False
         self.dirty = True
@@ -101,12 +110,25 @@ class Line:
         """Whether there is something for `recv`; also raises what `recv` would raise for good."""
         return self._socket is not None and bool(int(self._socket.get(EVENTS)) & POLLIN)
 
+    def broke(self) -> bool:
+        """Look whether the connection has broken: sets `broken`, which stays until it is cleared, or for as long as the socket."""
+        if self._monitor is not None and self._break.poll(0):
+            with contextlib.suppress(zmq.ContextTerminated):
+                self.broken = self._monitor.take() > 0 or self.broken
+        return self.broken
+
+    def tells_break(self, events: Sequence[tuple[int, int]]) -> bool:
+        """Whether what `poller` told is perhaps that the connection has broken."""
+        return self._monitor is not None and any(fd == self._monitor.fd for fd, _ in events)
+
     def renew_poller(self) -> None:
         """A poll object may be used by one thread at a time: make one that nobody uses."""
         self.poller = select.poll()
         self.poller.register(self.bell.fd, select.POLLIN)
         if self._socket is not None:
             self.poller.register(self._socket.fileno(), select.POLLIN)
+        if self._monitor is not None:
+            self.poller.register(self._monitor.fd, select.POLLIN)
 
     def close(self, linger_ms: int) -> zmq.Context[zmq.Socket[bytes]] | None:
         """Close the socket; the bell stays. Returns the context, if it was made here, for the caller to end: that may take `linger_ms`."""
@@ -117,6 +139,9 @@ class Line:
 
     def _drop_socket(self, linger_ms: int) -> None:
         self.recv = _nothing
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
         if self._socket is not None:
             self._socket.close(linger=linger_ms)
             self._socket = None

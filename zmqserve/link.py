@@ -2,8 +2,8 @@
 
 ::
 
-    registering ──WELCOME──> registered ──REREGISTER, fresh socket──> registering
-         └──REFUSED, for good──> refused              close() from anywhere ──> closed
+    registering ──WELCOME──> registered ──REREGISTER, broken connection, fresh socket──> registering
+         └──REFUSED, for good──> refused                             close() from anywhere ──> closed
 
 `silent` is beside these: the controller's lease ended. What runs for it runs on and its frames wait, until it is heard again
 (then they leave) or a WELCOME or REREGISTER says that it no longer knows them (then they are dropped).
@@ -15,9 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 from random import Random
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from .errors import MalformedMessage, ProtocolMismatch
+from .linkhost import LinkHost
 from .liveness import BEATS_PER_TTL, Lease
 from .messages import (
     BEAT,
@@ -34,8 +35,6 @@ from .messages import (
     REREGISTER,
     WELCOME,
     ControllerHead,
-    Load,
-    Ready,
     Refused,
     WorkerHead,
     WorkerWelcome,
@@ -48,6 +47,8 @@ Send: TypeAlias = Callable[[bytes, bytes], bool]
 """Gives head and payload to the pipe; False when it does not take them now."""
 
 REGISTER_RETRY_S = 1.0
+SETTLE_S = 0.01
+"""libzmq tells of a broken connection just before it lets go of the pipe, which would still take, and lose, a message."""
 LOAD_GAP_S = 0.02
 """Least time between two LOADs."""
 SILENT_TTLS = 2
@@ -61,34 +62,6 @@ INPROC_FRESH_TTLS = 2 / BEATS_PER_TTL
 _heads = decoder(ControllerHead)
 _welcomes = decoder(WorkerWelcome)
 _refusals = decoder(Refused)
-
-
-class LinkHost(Protocol):
-    """Whose link it is: a worker, or a controller that is its parent's worker. `link.epoch` tells the registration."""
-
-    def ready(self) -> Ready:
-        """What to register."""
-
-    def load(self, link: ControllerLink) -> Load:
-        """What to say in the heartbeat."""
-
-    def offer(self, link: ControllerLink, head: ControllerHead, payload: bytes) -> bool:
-        """Take a request; False when there is no slot for it."""
-
-    def cancel(self, link: ControllerLink, client: int, rid: int) -> None:
-        """Stop a request if it is there."""
-
-    def abort(self, link: ControllerLink) -> None:
-        """Drop all that runs for this link: its controller no longer waits for it. May be called when nothing runs."""
-
-    def drain(self, grace_s: float | None) -> None:
-        """A controller wants the worker to finish and leave."""
-
-    def fresh_socket(self, link: ControllerLink) -> None:
-        """Replace the connection."""
-
-    def changed(self, link: ControllerLink) -> None:
-        """`link.state` or `link.silent` has changed, or a registration was refused for now (`link.refusal`)."""
 
 
 class ControllerLink:
@@ -123,6 +96,8 @@ class ControllerLink:
         self._asked_s = inf
         self._fresh_s = now
         self._ready_changed = False
+        self._unanswered = 0
+        self._readies = 0
         self._draining = False
         self._told_draining = False
         self._outbox: deque[tuple[bytes, bytes]] = deque()
@@ -130,6 +105,11 @@ class ControllerLink:
     def __repr__(self) -> str:
         silent = ", silent" if self.silent else ""
         return f"ControllerLink({self.endpoint!r}, {self.state}{silent}, epoch={self.epoch}, {len(self._outbox)} frames waiting)"
+
+    @property
+    def known(self) -> bool:
+        """Whether the controller has taken what `host.ready()` says."""
+        return self.state == "registered" and not self._ready_changed and not self._unanswered
 
     # --- time ---------------------------------------------------------------------------------
 
@@ -165,6 +145,14 @@ class ControllerLink:
         self._due_s = now
         self._flush()
 
+    def disconnected(self, now: float) -> None:
+        """The connection has broken. To the controller the next one is a stranger's: what runs for it is lost to it."""
+        if self.state in ("registering", "registered"):
+            self._unregister("registering")
+            self._readies = 0
+            self.blocked = False
+            self._due_s = inf if self._draining else now + SETTLE_S
+
     def others_changed(self, now: float) -> None:
         """The worker's load for other controllers changed: say so soon."""
         if self.state == "registered":
@@ -174,10 +162,8 @@ class ControllerLink:
 
     def announce(self) -> None:
         """`host.ready()` has changed: tell the controller, now or when it has welcomed us."""
-        if self.state == "registered":
-            self.post(self.epoch, encode(WorkerHead(READY, self.epoch)), encode(self._host.ready()))
-        else:
-            self._ready_changed = True
+        self._ready_changed = True
+        self._tell_ready()
 
     def post(self, epoch: int, head: bytes, payload: bytes) -> None:
         """Send, after what waits already. Frames of a registration that is over are dropped: nobody expects them."""
@@ -250,7 +236,11 @@ class ControllerLink:
             self._refused(now, Refused(ProtocolMismatch.code, why))
         elif not epoch:
             self.bad_frames += 1
-        elif epoch != self.epoch:
+        elif epoch == self.epoch:
+            # What was announced is taken, in place.
+            self._unanswered = max(0, self._unanswered - 1)
+            self._host.changed(self)
+        else:
             self._unregister("registering")
             self.epoch = epoch
             self.controller = welcome.controller
@@ -260,9 +250,10 @@ class ControllerLink:
             # It should know at once what other controllers have taken.
             self._due_s = now
             self._become("registered")
-            if self._ready_changed:
-                self._ready_changed = False
-                self.announce()
+            # Which of several READYs it answers is not known: say the last once more.
+            self._ready_changed = self._ready_changed or self._readies > 1
+            self._readies = 0
+            self._tell_ready()
             self._tell_draining()
 
     def _refused(self, now: float, refusal: Refused) -> None:
@@ -303,6 +294,7 @@ class ControllerLink:
         self._due_s = now + REGISTER_RETRY_S
         if self._try(encode(WorkerHead(READY, number)), encode(self._host.ready())):
             self._ready_changed = False
+            self._readies += 1
 
     def _beat(self, now: float) -> None:
         self._due_s = now + self._beat_every_s
@@ -316,6 +308,9 @@ class ControllerLink:
         self.epoch = 0
         self._outbox.clear()
         self.outbox_bytes = 0
+        # A change that the controller has not taken may never have reached it.
+        self._ready_changed = self._ready_changed or self._unanswered > 0
+        self._unanswered = 0
         self._told_draining = False
         self._become(state)
 
@@ -329,12 +324,19 @@ class ControllerLink:
         self.blocked = not sent
         return sent
 
+    def _tell_ready(self) -> None:
+        """Not by way of the outbox: only the last of many changes matters."""
+        if self._ready_changed and self.state == "registered" and not self.silent and not self._draining:
+            self._ready_changed = not self._try(encode(WorkerHead(READY, self.epoch)), encode(self._host.ready()))
+            self._unanswered += not self._ready_changed
+
     def _tell_draining(self) -> None:
         """Not by way of the outbox: whoever waits for that waits for answers only."""
         if self._draining and not self._told_draining and self.state == "registered" and not self.silent:
             self._told_draining = self._try(encode(WorkerHead(DRAINING, self.epoch)), b"")
 
     def _flush(self) -> None:
+        self._tell_ready()
         self._tell_draining()
         outbox = self._outbox
         while outbox and not self.silent and self._try(*outbox[0]):

@@ -1,4 +1,4 @@
-"""Workers coming and going: registration, heartbeats, stalls, draining, and giving a worker up. Pure, as broker.py."""
+"""Workers coming and going: registration, changed offers, heartbeats, stalls, draining, and giving a worker up. Pure, as broker.py."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from . import messages as m
 from .config import ControllerConfig
 from .errors import MalformedMessage, ProtocolMismatch, RequestError, ZmqserveError
 from .flights import GONE, SENT, Flights
-from .liveness import BEATS_PER_TTL, Agenda
+from .liveness import BEATS_PER_TTL, Agenda, Timer
 from .registry import Pool, Registry, Worker
 
+DOUBLE_PATH_RETRY_MS = 10_000
+"""When a controller below that can be reached by two ways may ask again: the other way may have gone by then."""
+PROBE_S = 0.02
+"""Between two beats to everybody, when connections break."""
 MAX_TOLD = 10_000
 """Unknown workers remembered as told to register; each is told once per heartbeat, not once per message."""
 
@@ -36,32 +40,42 @@ class Membership:
         self.counters = flights.counters
         self._send_worker, self._report, self._new_epoch = send_worker, report, new_epoch
         self._beat_s = config.ttl_s / BEATS_PER_TTL
-        self._told: dict[bytes, tuple[float, int]] = {}
+        self._told: dict[bytes, tuple[float, int, bool]] = {}
+        self._probes = 0
+        self._probe_timer: Timer | None = None
         self._readies = m.decoder(m.Ready)
         self._loads = m.decoder(m.Load)
 
     def __repr__(self) -> str:
         return f"Membership({self.registry!r})"
 
-    def register(self, now: float, identity: bytes, payload: bytes) -> None:
-        """A worker says READY: take it in, or tell it why not."""
+    def register(self, now: float, identity: bytes, payload: bytes, *, update: bool = False) -> None:
+        """A worker says READY: take it in, or tell it why not. `update`: it repeats its epoch, so that only its offer is another."""
+        known = self.registry.workers.get(identity)
         try:
             ready = m.read(self._readies, payload)
             self._check_ready(now, identity, ready)
+            if update and known is not None and ready.name != known.name:
+                raise RequestError(f"worker {known.name} cannot become {ready.name}: a name is for as long as a registration")
         except ZmqserveError as error:
             self.counters["refused workers"] += 1
             self._report("worker refused", why=error.message)
             refused = m.Refused(error.code, error.message, error.retry_after_ms)
             self._send_worker(identity, m.encode(m.ControllerHead(m.REFUSED, 0)), m.encode(refused))
+            if known is not None:
+                self.lose(known, f"refused: {error.message}", now, clean=True)
             return
-        again = self.registry.workers.get(identity)
-        if again is not None:
-            self.lose(again, "it registered again", now, clean=True)
+        if known is not None and update:
+            self._update(now, known, ready)
+            return
+        if known is not None:
+            self.lose(known, "it registered again", now, clean=True)
         worker = Worker(identity, ready, self._new_epoch(), now)
-        welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version, self.config.message_bytes)
-        if self._send_worker(identity, m.encode(m.ControllerHead(m.WELCOME, worker.epoch)), m.encode(welcome)) != SENT:
+        if not self._welcome(worker):
             return
-        self._told.pop(identity, None)
+        told = self._told.pop(identity, None)
+        if (told is not None and told[2]) or (known is not None and known.stalled_s is not None):
+            worker.stalled_s = now  # its engine hung a moment ago: no work before a heartbeat says that it steps
         self.registry.add(worker)
         worker.timers = [
             self.agenda.at(now + self._beat_s, lambda now: self._beat(worker, now)),
@@ -74,13 +88,28 @@ class Membership:
         )
         self.flights.feed(worker, now)
 
+    def _update(self, now: float, worker: Worker, ready: m.Ready) -> None:
+        """It offers something else than before: what runs on it runs on, under the same epoch."""
+        left = self.registry.update(worker, ready)
+        for pool in (*left, *worker.pools):
+            self._look_after(pool, now)
+        self._report(
+            "worker changed", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
+        )
+        if self._welcome(worker):
+            self.flights.feed(worker, now)
+        else:
+            self.lose(worker, "connection lost", now)
+
+    def _welcome(self, worker: Worker) -> bool:
+        welcome = m.WorkerWelcome(m.PROTOCOL, self.controller_id, int(self.config.ttl_s * 1000), self.version, self.config.message_bytes)
+        return self._send_worker(worker.identity, m.encode(m.ControllerHead(m.WELCOME, worker.epoch)), m.encode(welcome)) == SENT
+
     def _check_ready(self, now: float, identity: bytes, ready: m.Ready) -> None:
         if ready.protocol != m.PROTOCOL:
             raise ProtocolMismatch(f"this controller speaks protocol {m.PROTOCOL}, worker {ready.name} {ready.protocol}")
         if ready.state not in ("loading", "ready"):
             raise MalformedMessage(f"Ready.state must be loading or ready, got {ready.state!r}")
-        if self.controller_id in ready.controllers:
-            raise RequestError(f"controller {self.controller_id} is below itself: a loop of --parent links")
         other = self.registry.by_name.get(ready.name)
         if other is not None and other.identity != identity:
             # A restarted worker comes back under its name before the loss of its former self was noticed.
@@ -89,6 +118,20 @@ class Membership:
                 self.lose(other, "connection lost", now)
             else:
                 raise RequestError(f"the name {ready.name} is taken by a worker that is connected: choose another", retry_after_ms=1000)
+        if ready.controllers:
+            self._check_path(identity, ready)
+
+    def _check_path(self, identity: bytes, ready: m.Ready) -> None:
+        """A request must reach a controller below by one way only, and never come back here."""
+        if self.controller_id in ready.controllers:
+            path = f"this controller ({self.controller_id}) is one of those below {ready.name}"
+            raise RequestError(f"a loop of --parent links: {path}, and {ready.name} would be below this one")
+        below = set(ready.controllers)
+        for other in self.registry:
+            twice = below.intersection(other.controllers)
+            if twice and other.identity != identity:
+                paths = f"by way of {other.name} and by way of {ready.name}"
+                raise RequestError(f"two paths to controller {min(twice)}: {paths}; keep one", retry_after_ms=DOUBLE_PATH_RETRY_MS)
 
     def load(self, now: float, worker: Worker, payload: bytes) -> None:
         """A heartbeat."""
@@ -98,6 +141,10 @@ class Membership:
             self.violation(now, worker.identity, error.message)
             return
         freed = worker.report(load)
+        for pool in worker.pools:
+            if worker in pool.full:
+                pool.full.discard(worker)
+                freed = True
         hung = load.running > 0 and load.step_age_ms > self.config.stall_s * 1000
         if hung and worker.stalled_s is None:
             worker.stalled_s = now
@@ -131,23 +178,44 @@ class Membership:
         if self._send_worker(worker.identity, m.encode(m.ControllerHead(m.BEAT, worker.epoch)), b"") != SENT:
             self.lose(worker, "connection lost", now)
 
+    def disconnected(self, now: float) -> None:
+        """A worker's connection has broken: a beat to each of them finds out whose, and once more later, since the monitor may know of it
+        before the socket does."""
+        self._probes = 2
+        if self._probe_timer is None:
+            self._probe(now)
+
+    def _probe(self, now: float) -> None:
+        self._probe_timer = None
+        if self._probes == 0:
+            return
+        self._probes -= 1
+        self._probe_timer = self.agenda.at(now + PROBE_S, self._probe)
+        for worker in list(self.registry):
+            if self._send_worker(worker.identity, m.encode(m.ControllerHead(m.BEAT, worker.epoch)), b"") != SENT:
+                self.lose(worker, "connection lost", now)
+
     def _check_lease(self, worker: Worker, now: float) -> None:
         if worker.lease.expired(now):
             self.lose(worker, f"silent for {worker.lease.ttl_s} s", now)
         else:
             worker.timers[1] = self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now))
 
-    def tell_to_register(self, now: float, identity: bytes) -> None:
-        """Answer a frame of a worker that is not registered. Its READY will repeat the number sent here as its epoch."""
+    def tell_to_register(self, now: float, identity: bytes, *, stalled: bool = False) -> None:
+        """Answer a frame of a worker that is not registered. Its READY will repeat the number sent here as its epoch.
+
+        `stalled`: its engine hangs, which a new registration does not mend.
+        """
         told = self._told.get(identity)
         if told is not None and now < told[0]:
             return
+        stalled = stalled or (told is not None and told[2])
         if len(self._told) >= MAX_TOLD:
             self._told = {known: entry for known, entry in self._told.items() if entry[0] > now}
             if len(self._told) >= MAX_TOLD:
                 return
         number = self._new_epoch()
-        self._told[identity] = (now + self._beat_s / 2, number)
+        self._told[identity] = (now + self._beat_s / 2, number, stalled)
         self._send_worker(identity, m.encode(m.ControllerHead(m.REREGISTER, number)), b"")
 
     def was_told(self, identity: bytes, number: int) -> bool:
@@ -167,7 +235,7 @@ class Membership:
     def fence(self, worker: Worker, why: str, now: float) -> None:
         """Give up a worker that lives: its epoch is void from here on, and it must register again."""
         self.lose(worker, why, now)
-        self.tell_to_register(now, worker.identity)
+        self.tell_to_register(now, worker.identity, stalled=worker.stalled_s is not None)
 
     def lose(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
         """Forget a worker and move or end its flights; `clean`: it left of its own will. Harmless when it is forgotten already."""
@@ -186,7 +254,11 @@ class Membership:
         def nobody_came(now: float) -> None:
             pool.orphan_timer = None
             self.flights.fail_waiting(pool, now)
-            if not pool.workers:
+            if pool.workers:
+                return
+            if pool.running:  # on a worker that has left this model and still answers: it may come back here, to wait for another
+                self._look_after(pool, now)
+            else:
                 self.registry.discard(pool)
 
         if not pool.workers or any(pool.hopeless(need) for need in pool.waiting.needs()):

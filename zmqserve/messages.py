@@ -39,6 +39,10 @@ MAX_PINGED = 100_000
 """Most rids in one Ping, and so most requests that one client may have open."""
 MAX_MODELS = 1000
 """Most models that one worker may serve."""
+MAX_SLOTS = 1_000_000
+"""Most slots of one worker."""
+MAX_SPEED = 1e9
+"""The highest speed of one worker."""
 MAX_LISTED = 100
 """Most verbs, features or aliases of one model."""
 
@@ -136,8 +140,8 @@ class ModelCard(_Map, omit_defaults=True):
     `fingerprint` stands for tokenizer + weights + dtype: equal ones give equal tokens. `verbs` are what may be asked
     (``generate chat embed count_tokens model_details``), `features` what may be asked of them (``resume``, ``logprobs``, ...).
     `context_length` is in tokens, prompt and completion together; 0 when there is no bound. `resume`, with the feature of that name:
-    how an answer goes on elsewhere, by parameter that is not at its default (``greedy`` and ``sampling`` for temperature 0 and above):
-    ``exact``, ``approximate`` or ``refused``; exact for what is not named.
+    how an answer goes on elsewhere, by parameter that is not at its default (``greedy`` for temperature 0, ``sampling`` above it
+    without a seed): ``exact``, ``approximate`` or ``refused``; exact for what is not named.
     """
 
     name: Name
@@ -159,10 +163,12 @@ class Limits(_Map, omit_defaults=True):
     queue_bytes: Count = 0
     default_deadline_ms: Count = 0
     ttl_ms: Count = 0
+    client_requests: Count = 0
+    client_bytes: Count = 0
 
 
 class WorkerStatus(_Map):
-    """One worker as its controller sees it; `free` slots are what dispatch may still use."""
+    """One worker as its controller sees it; `free` slots are what dispatch may still use, `controllers` the ids of all below it."""
 
     name: str
     backend: str
@@ -179,6 +185,7 @@ class WorkerStatus(_Map):
     up_s: float = 0.0
     finished: int = 0
     version: str = ""
+    controllers: list[str] = []
 
 
 class ModelStatus(_Map):
@@ -486,8 +493,8 @@ class Ready(_Array):
     backend: Label
     state: str
     models: Annotated[list[ModelCard], Meta(max_length=MAX_MODELS)]
-    slots: Annotated[int, Meta(ge=0, le=1_000_000)]
-    speed: Annotated[float, Meta(gt=0, le=1e9)]
+    slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]
+    speed: Annotated[float, Meta(gt=0, le=MAX_SPEED)]
     ttl_ms: Millis
     controllers: Names = []
     version: Label = ""

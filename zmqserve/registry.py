@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import ceil
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,11 +22,21 @@ MOST_LIGHT = 64
 """Requests without a slot that a worker gets at once: a flood of them must not fill its pipe, or it would count as dead."""
 
 
+TRIAL_ROUNDS = 16
+"""About so many turns until all suspects have been tried, however many there are: isolation must not cost more than it saves."""
+
+
 class Need(NamedTuple):
-    """What a request asks of a worker: a verb and, when it resumes, a fingerprint."""
+    """What a request asks of a worker: a verb and, when it resumes, a fingerprint.
+
+    `trial`: it has lost a worker and may be what killed it. Those who come from one dead worker would meet on the next, and the one
+    that kills take the others with it once more: so a worker tries one such request at a time, until its first chunk (several, when
+    very many wait).
+    """
 
     verb: str
     fingerprint: str | None = None
+    trial: bool = False
 
     @property
     def slotted(self) -> bool:
@@ -45,24 +56,31 @@ class Worker:
         self.identity = identity
         self.epoch = epoch
         self.name = ready.name
-        self.backend = ready.backend
-        self.version = ready.version
-        self.speed = ready.speed
-        self.slots = ready.slots
-        self.loading = ready.state == "loading"
+        self.lease = Lease(ready.ttl_ms / 1000, now)
+        self.update(ready)
         self.draining = False
         self.stalled_s: float | None = None
-        self.cards = {card.name: card for card in ready.models}
         self.pools: list[Pool] = []
-        self.lease = Lease(ready.ttl_ms / 1000, now)
         self.timers: list[Timer] = []
         self.flights: dict[tuple[int, int], Flight] = {}
         self.running = 0
+        self.trials = 0
         self.others = 0
         self.waiting = 0
         self.step_age_ms = 0.0
         self.registered_s = now
         self.finished = 0
+
+    def update(self, ready: Ready) -> None:
+        """What it offers, first or anew; it keeps its name. `controllers`: the ids of those below, where it is one itself."""
+        self.backend = ready.backend
+        self.version = ready.version
+        self.speed = ready.speed
+        self.slots = ready.slots
+        self.loading = ready.state == "loading"
+        self.cards = {card.name: card for card in ready.models}
+        self.controllers = ready.controllers
+        self.lease.ttl_s = ready.ttl_ms / 1000
 
     def __repr__(self) -> str:
         return f"Worker({self.name!r}, {self.state}, load={self.load}, slots={self.slots})"
@@ -118,6 +136,8 @@ class Pool:
         self.card = ModelCard(model)
         """As its first ready worker offers it (or a loading one, or the last that there was)."""
         self.aliases: frozenset[str] = frozenset()
+        self.full: set[Worker] = set()
+        """Controllers below that said BUSY for this model, until they beat again or end one: their slots are not for every model."""
         self.running = 0
         self.orphan_timer: Timer | None = None
         self._affinity: Affinity[Worker] | None = None
@@ -131,7 +151,11 @@ class Pool:
         """ready, loading, or ``no worker``."""
         if not self.workers:
             return "no worker"
-        return "loading" if all(worker.loading for worker in self.workers.values()) else "ready"
+        return "loading" if all(map(self.loads, self.workers.values())) else "ready"
+
+    def loads(self, worker: Worker) -> bool:
+        """Whether this worker has not loaded the model yet. A controller below may be ready for others: its card names no verbs then."""
+        return worker.loading or not worker.cards[self.model].verbs
 
     def add(self, worker: Worker) -> None:
         """A worker of this model has come."""
@@ -145,26 +169,39 @@ class Pool:
         """A worker of this model has gone."""
         del self.workers[worker.identity]
         self.policy.remove(worker)
+        self.full.discard(worker)
         if self._affinity is not None:
             self._affinity.remove(worker)
         self._members_changed()
 
+    def update(self, worker: Worker) -> None:
+        """A worker of this model offers it in another way."""
+        self.full.discard(worker)
+        self.policy.changed(worker)
+        self._members_changed()
+
     def can(self, need: Need) -> bool:
         """Whether any worker that has loaded the model meets the need, free or not."""
-        return any(not worker.loading and need.met_by(worker.cards[self.model]) for worker in self.workers.values())
+        return any(not self.loads(worker) and need.met_by(worker.cards[self.model]) for worker in self.workers.values())
 
     def hopeless(self, need: Need) -> bool:
         """Whether no worker there is, loading ones included, will ever meet the need."""
-        return not any(worker.loading or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
+        return not any(self.loads(worker) or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
 
     def serves(self, worker: Worker, need: Need) -> bool:
-        """Whether this worker meets the need."""
-        return need.met_by(worker.cards[self.model])
+        """Whether this worker meets the need, has not said that it is full, and may try one more suspect if it is one."""
+        able = need.met_by(worker.cards[self.model]) and not (need.slotted and worker in self.full)
+        return able and not (need.trial and worker.trials >= self.trials_at_once)
+
+    @property
+    def trials_at_once(self) -> int:
+        """How many suspects a worker may try at the same time."""
+        return max(1, ceil(self.waiting.suspects / (TRIAL_ROUNDS * max(1, len(self.workers)))))
 
     def pick(self, need: Need, random: Random, affinity: str | None = None, avoid: frozenset[str] = frozenset()) -> Worker | None:
         """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
         allowed: Allowed[Worker] = None
-        if need.verb not in self._verbs or need.fingerprint is not None:
+        if need.verb not in self._verbs or need.fingerprint is not None or need.trial or self.full:
             allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
         if avoid:
             worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
@@ -185,20 +222,25 @@ class Pool:
         return random.choice(fitting) if fitting else None
 
     def _members_changed(self) -> None:
-        offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not worker.loading]
+        offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not self.loads(worker)]
         self._verbs = frozenset.intersection(*offers) if offers else frozenset()  # what any of them can do needs no check
         if self.workers:
-            self.card = min(self.workers.values(), key=lambda worker: worker.loading).cards[self.model]
+            self.card = min(self.workers.values(), key=self.loads).cards[self.model]
             self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)
 
 
 class Registry:
-    """All workers and pools. A worker's load changes through `take`, `give_back` and `touch`, which tell the policies."""
+    """All workers and pools. A worker's load changes through `take`, `give_back` and `touch`, which tell the policies.
+
+    `changes` counts those of who offers what, `moves` those of loads and states: who tells others of the whole looks again then.
+    """
 
     def __init__(self, new_policy: Callable[[], Policy[Worker]], new_waiting: Callable[[], WaitingRoom]) -> None:
         self.workers: dict[bytes, Worker] = {}
         self.by_name: dict[str, Worker] = {}
         self.pools: dict[str, Pool] = {}
+        self.changes = 0
+        self.moves = 0
         self._aliases: dict[str, str] = {}
         self._new_policy = new_policy
         self._new_waiting = new_waiting
@@ -214,12 +256,33 @@ class Registry:
         self.workers[worker.identity] = worker
         self.by_name[worker.name] = worker
         for model in worker.cards:
-            pool = self.pools.get(model)
-            if pool is None:
-                pool = self.pools[model] = Pool(model, self._new_policy(), self._new_waiting())
-            worker.pools.append(pool)
-            pool.add(worker)
+            self._join(worker, model)
         self._name_aliases()
+
+    def update(self, worker: Worker, ready: Ready) -> list[Pool]:
+        """A registered worker offers something else; what runs on it runs on. Returns the pools that it has left, as `remove` does."""
+        before, worker.pools = worker.pools, []
+        models = {card.name for card in ready.models}
+        left = [pool for pool in before if pool.model not in models]
+        for pool in left:
+            pool.remove(worker)
+        worker.update(ready)
+        kept = {pool.model: pool for pool in before if pool not in left}
+        for model in worker.cards:
+            if model in kept:
+                worker.pools.append(kept[model])
+                kept[model].update(worker)
+            else:
+                self._join(worker, model)
+        self._name_aliases()
+        return left
+
+    def _join(self, worker: Worker, model: str) -> None:
+        pool = self.pools.get(model)
+        if pool is None:
+            pool = self.pools[model] = Pool(model, self._new_policy(), self._new_waiting())
+        worker.pools.append(pool)
+        pool.add(worker)
 
     def remove(self, worker: Worker) -> list[Pool]:
         """Forget a worker; returns the pools that it was in. Those without workers stay until `discard`."""
@@ -258,8 +321,11 @@ class Registry:
 
     def touch(self, worker: Worker) -> None:
         """Its load or state has changed: tell the policies."""
+        self.moves += 1
         for pool in worker.pools:
             pool.policy.changed(worker)
 
     def _name_aliases(self) -> None:
+        self.changes += 1
+        self.moves += 1
         self._aliases = {alias: pool.model for pool in self.pools.values() for alias in pool.aliases}

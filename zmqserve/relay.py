@@ -44,22 +44,38 @@ class Outbox:
 
 
 class Port:
-    """A ROUTER socket whose sends never block and never drop in silence."""
+    """A ROUTER socket whose sends never block and never drop in silence.
 
-    def __init__(self, socket: zmq.Socket[bytes], outbox_bytes: int, compiled: bool = True) -> None:
+    `outbox_bytes` bounds what waits for one peer, `total_bytes` what waits for all; `waiting_bytes` is what does.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], outbox_bytes: int, compiled: bool = True, total_bytes: int | None = None) -> None:
         self.socket = socket
         self.recv, self.send_frame = raw_calls(socket, compiled)
         self.outboxes: dict[bytes, Outbox] = {}
+        self.waiting_bytes = 0
         self.dropped = 0
         self._limit = outbox_bytes
+        self._total = total_bytes
 
     def __repr__(self) -> str:
         return f"Port({len(self.outboxes)} outboxes, {self.dropped} dropped)"
 
     @property
-    def waiting_bytes(self) -> int:
-        """What waits in all outboxes."""
-        return sum(box.bytes for box in self.outboxes.values())
+    def largest(self) -> bytes | None:
+        """The peer for whom the most waits, while more than `total_bytes` wait for all."""
+        if self._total is None or self.waiting_bytes <= self._total:
+            return None
+        return max(self.outboxes, key=lambda identity: self.outboxes[identity].bytes)
+
+    def drop(self, identity: bytes) -> list[tuple[bytes, ...]]:
+        """Let go of what waits for a peer; returns it."""
+        box = self.outboxes.pop(identity, None)
+        if box is None:
+            return []
+        self.waiting_bytes -= box.bytes
+        self.dropped += len(box.messages)
+        return list(box.messages)
 
     def send(self, *frames: bytes) -> int:
         """Send a message whose first frame is the peer's routing id: SENT (or kept in order for later), GONE, or FULL."""
@@ -72,8 +88,10 @@ class Port:
         elif box.bytes > 2 * self._limit:
             self.dropped += 1
             return FULL
+        size = sum(map(len, frames))
         box.messages.append(frames)
-        box.bytes += sum(map(len, frames))
+        box.bytes += size
+        self.waiting_bytes += size
         return FULL if box.bytes > self._limit else SENT
 
     def flush(self, now: float) -> list[bytes]:
@@ -92,9 +110,12 @@ class Port:
                 if status == GONE:
                     gone.append(identity)
                     box.messages.clear()
+                    self.waiting_bytes -= box.bytes
                     break
                 moved = True
-                box.bytes -= sum(map(len, box.messages.popleft()))
+                size = sum(map(len, box.messages.popleft()))
+                box.bytes -= size
+                self.waiting_bytes -= size
             if not box.messages:
                 del self.outboxes[identity]
         return gone
@@ -126,6 +147,7 @@ class Relay:
         self.clients, self.workers = clients, workers
         self._heads = msgspec.msgpack.Decoder(m.WorkerHead)
         self._unsure: tuple[bytes, bytes] | None = None
+        broker.flights.drop_outbox = clients.drop
 
     def __repr__(self) -> str:
         return f"Relay({self.clients!r}, {self.workers!r})"
@@ -152,6 +174,7 @@ class Relay:
             route = routes.get(head)
             if route is None or route.identity != identity:
                 self._slow(now, unsure, frames)
+                self._relieve(now)
                 unsure = None
                 continue
             unsure = (identity, payload)
@@ -162,6 +185,7 @@ class Relay:
             envelope = client.envelope
             if outboxes or len(envelope) > 1:
                 flights.answer(client, payload, now)
+                self._relieve(now)
                 continue
             try:
                 send(envelope[0], SNDMORE)
@@ -234,6 +258,7 @@ class Relay:
             frame = recv(NOBLOCK, copy=False)
             if not frame.more:
                 take(now, (identity,), frame.bytes)
+                self._relieve(now)
                 continue
             envelope: list[bytes] = [identity]
             fits = True
@@ -247,8 +272,15 @@ class Relay:
             else:
                 self.broker.counters["dropped: envelope too large"] += 1
 
+    def _relieve(self, now: float) -> None:
+        """While more waits for all clients than may, the one for whom the most waits is treated as one that does not read."""
+        while (identity := self.clients.largest) is not None:
+            self.broker.counters["outboxes over their total"] += 1
+            self.broker.flights.connection_failed(identity, FULL, now)
+
     def flush(self, now: float) -> None:
         """Try again what waits in outboxes, and tell the broker who is gone."""
+        self._relieve(now)
         for identity in self.clients.flush(now) if self.clients.outboxes else ():
             self.broker.flights.connection_failed(identity, GONE, now)
         for identity in self.workers.flush(now) if self.workers.outboxes else ():

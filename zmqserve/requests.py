@@ -54,9 +54,18 @@ class EmbedOptions(TypedDict, total=False):
 class Routing:
     """How a request is treated on its way; see Client.generate. Raises InvalidParameter for what cannot be sent."""
 
-    __slots__ = ("affinity", "deadline_ms", "priority", "trace")
+    __slots__ = ("affinity", "deadline_ms", "priority", "resume", "retries", "trace")
 
-    def __init__(self, timeout_s: float | None, priority: int = 0, affinity: str | None = None, trace: str | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float | None,
+        priority: int = 0,
+        affinity: str | None = None,
+        trace: str | None = None,
+        *,
+        resume: bool = True,
+        retries: int = 0,
+    ) -> None:
         self.deadline_ms = None if timeout_s is None else math.ceil(check_duration("timeout_s", timeout_s) * 1000)
         if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise _invalid("priority", priority, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
@@ -66,6 +75,8 @@ class Routing:
                 raise _invalid(name, label, f"a text of at most {MAX_NAME} characters")
         self.affinity = affinity
         self.trace = trace
+        self.resume = check_switch("resume", resume)
+        self.retries = check_count("retries", retries)
 
     def __repr__(self) -> str:
         return f"Routing(deadline_ms={self.deadline_ms}, priority={self.priority}, affinity={self.affinity!r}, trace={self.trace!r})"
@@ -156,6 +167,20 @@ def check_duration(what: str, seconds: object) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_DEADLINE_MS / 1000:
         raise _invalid(what, seconds, "a number of seconds above 0")
     return float(seconds)
+
+
+def check_switch(what: str, value: object) -> bool:
+    """`value`, if it is true or false; InvalidParameter otherwise."""
+    if not isinstance(value, bool):
+        raise _invalid(what, value, "True or False")
+    return value
+
+
+def check_count(what: str, value: object) -> int:
+    """`value`, if it is a number of times; InvalidParameter otherwise."""
+    if type(value) is not int or value < 0:
+        raise _invalid(what, value, "an integer from 0")
+    return value
 
 
 def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes | None]:

@@ -32,7 +32,8 @@ class CompletionChoice(Struct, frozen=True):
 
 
 class Completion(Struct, frozen=True):
-    """A whole answer. `timings` are the worker's, in ms; `resumed` counts the workers that were lost on the way.
+    """A whole answer. `timings` are the worker's, in ms; `resumed`: how often it went on
+    elsewhere after its worker or controller was lost.
 
     `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first choice.
     """

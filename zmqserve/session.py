@@ -1,29 +1,21 @@
 """A client's side of the protocol, without sockets, threads or a clock: `now` and messages are passed in, a Wire is written to.
 
-Requests opened while the controller is being greeted wait for its Welcome: nothing is sent to one that nobody has heard.
-The owner calls everything here under one lock, and `tick` only after it has read all that had arrived.
+Requests opened while the controller is being greeted wait for its Welcome: nothing is sent to one that nobody has heard. When it is
+lost, what it held waits for the next one likewise (recovery.py says what is sent again).
+The owner calls everything here under one lock, and `tick` and `on_disconnected` only after it has read all that had arrived.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import msgspec
 
-from .call import ANSWERS, Call, ClientRequest, weight
-from .errors import (
-    ConnectionFailed,
-    DeadlineExceeded,
-    GoingAway,
-    InvalidParameter,
-    MalformedMessage,
-    SlowConsumer,
-    StreamGap,
-    ZmqserveError,
-    from_wire,
-)
+from .call import ANSWERS, Call, ClientRequest, gap
+from .errors import ConnectionFailed, DeadlineExceeded, MalformedMessage, ZmqserveError, from_wire
+from .failover import Failover
 from .liveness import Agenda
 from .messages import (
     Cancel,
@@ -42,9 +34,9 @@ from .messages import (
     ToClient,
     Welcome,
     decoder,
-    encode,
 )
-from .peer import Peer, State, Wire
+from .outgoing import encoded
+from .peer import State, Wire
 
 DEADLINE_GRACE_S = 1.0
 """How long after a request's deadline its end may still come. The controller enforces deadlines; this is for one that does not."""
@@ -56,8 +48,10 @@ _peek = decoder(Peek).decode
 class Session:
     """Open requests of one client, with one controller at a time of those at `endpoints`.
 
-    ttl_s: after so much silence while requests are open the controller is lost; also what this client declares for itself.
+    ttl_s: what this client declares for itself: the controller gives it up after so much silence. It judges the controller by the ttl
+    that that one tells, or by this where it tells none.
     connect_timeout_s: how long each endpoint may take to answer Hello.
+    failover_s: how long a request that was sent looks for another controller, or worker, when it has lost its own.
     buffer_bytes: what may lie unread in one stream; beyond it, it ends as SlowConsumer. A chunk alone may be larger.
     `strays` counts messages for requests that are not open (late ones, mostly), `malformed` those that are not the protocol.
     """
@@ -67,19 +61,29 @@ class Session:
         wire: Wire,
         endpoints: Sequence[str],
         *,
+        random: Random,
         name: str = "",
         ttl_s: float = 3.0,
         connect_timeout_s: float = 0.75,
+        failover_s: float = 10.0,
         buffer_bytes: int = 16 * 2**20,
     ) -> None:
-        self.calls: dict[int, Call] = {}
         self.strays = 0
         self.malformed = 0
-        self._wire = wire
         self._buffer_bytes = buffer_bytes
         self._agenda = Agenda()
-        self._peer = Peer(self, wire, self._agenda, endpoints, name=name, ttl_s=ttl_s, connect_timeout_s=connect_timeout_s)
-        self._outbox: deque[tuple[Call | None, bytes]] = deque()
+        self._failover = Failover(
+            wire,
+            self._agenda,
+            endpoints,
+            name=name,
+            ttl_s=ttl_s,
+            connect_timeout_s=connect_timeout_s,
+            failover_s=failover_s,
+            random=random,
+        )
+        self.calls = self._failover.calls
+        self._peer = self._failover.peer
         self._on: dict[type, Callable[[float, Any], None]] = {
             Pong: self._on_pong,
             Welcome: self._peer.on_welcome,
@@ -107,47 +111,42 @@ class Session:
 
     # --- what the caller does ------------------------------------------------------------------
 
-    def open(self, now: float, request: ClientRequest, *, timeout_s: float | None = None, collect: bool = False) -> Call:
+    def open(
+        self,
+        now: float,
+        request: ClientRequest,
+        *,
+        timeout_s: float | None = None,
+        collect: bool = False,
+        resume: bool = True,
+        retries: int = 0,
+    ) -> Call:
         """Send a request, now or as soon as the controller is there. `collect`: no chunks, only the whole.
 
-        Raises InvalidParameter when the message cannot be sent at all, GoingAway when the controller is leaving.
+        `resume`: an answer that has begun goes on elsewhere when it loses its worker or controller. `retries`: how often the request
+        is sent again when, before its first chunk, it ends with an error that may pass.
+        Raises InvalidParameter when the message cannot be sent at all.
         """
+        call = Call(request, encoded(request), collect=collect, resume=resume, retries=retries)
+        call.deadline_s = deadline_s = None if timeout_s is None else now + timeout_s
         try:
-            payload = encode(request)
-        except UnicodeEncodeError as error:
-            what = f"a text holds {error.object[error.start : error.end]!r}, which is no character (a lone surrogate)"
-            raise InvalidParameter(what, data={"parameter": "prompt"}) from None
-        peer, alone = self._peer, not self.calls
-        if peer.state is State.OPEN:
-            self._check_size(payload)
-            if peer.leaving is not None and alone:
-                peer.forget()
-            elif peer.leaving is not None:
-                raise GoingAway(f"the controller is leaving ({peer.leaving}) and takes no new requests; try again when it is back")
-        call = Call(request, collect=collect)
-        self.calls[call.rid] = call
-        if timeout_s is not None:
-            # What says its deadline to nobody is ended here alone.
-            grace_s = 0.0 if isinstance(request, ListModels | Status | Drain) else DEADLINE_GRACE_S
-            call.timer = self._agenda.at(now + timeout_s + grace_s, lambda _now: self._overdue(call, timeout_s))
-        self._outbox.append((call, payload))
-        try:
-            self._begin(now, call, alone=alone)
+            self._failover.begin(now, call)
         except BaseException:
             self.cancel(call)
             raise
+        if timeout_s is not None and deadline_s is not None and call.end is None:
+            call.timer = self._agenda.at(deadline_s, lambda now: self._on_deadline(now, call, timeout_s))
         return call
 
     def cancel(self, call: Call) -> None:
         """Give a request up; harmless when it has ended. What still comes for it is dropped."""
-        self._drop(call, Cancel(call.rid))
+        self._failover.drop(call, Cancel(call.rid))
 
     def close(self) -> None:
         """Give up all requests. Their readers get an error, since they did not ask for it."""
         for call in list(self.calls.values()):
-            self._drop(call, closed())
-        self._peer.forget()
-        self._outbox.clear()
+            self._failover.drop(call, closed())
+        self._failover.clear()
 
     # --- what the owner of the socket feeds it with --------------------------------------------
 
@@ -164,32 +163,34 @@ class Session:
             for chunk in message.chunks:
                 self._on_chunk(chunk)
         elif kind is FirstChunk:
+            if message.fingerprint is not None:
+                self._on_first(now, message)
             self._on_chunk(message)
-        elif (handle := self._on.get(kind)) is not None:
+        elif (handle := self._on.get(kind)) is None:
+            self._on_end(now, message)
+        elif self._peer.state is not State.AWAY:
             handle(now, message)
         else:
-            self._on_end(message)
+            # Of a controller that was given up.
+            self.strays += 1
+
+    def on_disconnected(self, now: float) -> None:
+        """The connection has broken, and all that had come on it was read."""
+        self._peer.on_disconnected(now)
 
     def flush(self) -> None:
         """Send what waits, as far as the wire takes it: to be called when it may take something again."""
-        self._peer.flush()
-        if self._peer.state is not State.OPEN:
-            return
-        outbox = self._outbox
-        while outbox:
-            call, payload = outbox[0]
-            if call is None or call.end is None:
-                if not self._wire.send(payload):
-                    return
-                if call is not None:
-                    call.sent = True
-                    call.wake()
-            outbox.popleft()
+        self._failover.flush()
 
     @property
     def blocked(self) -> bool:
         """Whether `flush` has something to do."""
-        return self._peer.blocked or (bool(self._outbox) and self._peer.state is State.OPEN)
+        return self._failover.blocked
+
+    @property
+    def greets(self) -> bool:
+        """Whether a Hello is under way."""
+        return self._peer.state is State.GREETING
 
     def tick(self, now: float) -> None:
         """Do what is due: Pings, deadlines, timeouts."""
@@ -199,105 +200,70 @@ class Session:
         """When `tick` is due next; None when nothing is awaited."""
         return self._agenda.next_s()
 
-    # --- what the peer tells -------------------------------------------------------------------
-
-    def on_open(self, _now: float) -> None:
-        for call, payload in list(self._outbox):
-            if call is not None:
-                try:
-                    self._check_size(payload)
-                except InvalidParameter as error:
-                    self._fail(call, error)
-        self.flush()
-
-    def on_lost(self, error: Callable[[], ZmqserveError]) -> None:
-        self._outbox.clear()
-        for call in list(self.calls.values()):
-            self._fail(call, error())
-
-    def to_ping(self) -> list[int] | None:
-        if not self.calls:
-            return None
-        sent = [call for call in self.calls.values() if call.sent]
-        for call in sent:
-            call.pinged = True
-        return [call.rid for call in sent]
-
-    def _begin(self, now: float, call: Call, *, alone: bool) -> None:
-        """Send what was opened, or greet the controller first when it is not certain to be there."""
-        peer = self._peer
-        if not alone:
-            self.flush()
-        elif peer.state is not State.OPEN:
-            peer.greet(now, fresh=True)
-        elif peer.stale(now):
-            peer.greet(now, fresh=False)
-        else:
-            peer.watch(now)
-            self.flush()
-            if not call.sent:
-                # With nothing else under way the pipe cannot be full: the connection is gone.
-                peer.greet(now, fresh=True)
-
     # --- messages ------------------------------------------------------------------------------
+
+    def _on_first(self, now: float, first: FirstChunk) -> None:
+        """The first word of a worker: it must be of the model that began the answer."""
+        call = self.calls.get(first.rid)
+        if call is not None and call.there and not call.begin(now, first.fingerprint):
+            what = f"the answer of model {call.fingerprint} was continued by another, {first.fingerprint}"
+            self._failover.drop(call, MalformedMessage(what))
 
     def _on_chunk(self, chunk: Chunk) -> None:
         call = self.calls.get(chunk.rid)
-        if call is None:
+        if call is None or not call.there:
             self.strays += 1
-        elif chunk.seq != call.next_seq:
-            self._gap(call, chunk.seq)
-        elif not 0 <= chunk.index < len(call.received) or len(chunk.token_ids) & 3:
-            self._drop(call, MalformedMessage(f"chunk {chunk.seq} is of no such choice ({chunk.index}), or its token ids are cut"))
-        elif call.chunks and call.unread_bytes + weight(chunk) > self._buffer_bytes:
-            unread = f"{len(call.chunks)} chunks ({call.unread_bytes} bytes) of this stream wait to be read"
-            self._drop(call, SlowConsumer(f"{unread}, the limit is {self._buffer_bytes}", data={"limit_bytes": self._buffer_bytes}))
-        else:
-            call.put(chunk)
+        elif (wrong := call.put(chunk, self._buffer_bytes)) is not None:
+            self._failover.drop(call, wrong)
 
-    def _on_end(self, message: Any) -> None:
+    def _on_end(self, now: float, message: Any) -> None:
         """Done, Embedding and the like: exactly one ends a request."""
         call = self.calls.get(message.rid)
-        if call is None:
+        if call is None or not call.there:
             self.strays += 1
             return
         if type(message) is not ANSWERS[type(call.request)]:
             what = f"a {type(call.request).__name__} request was answered with {type(message).__name__}"
-            self._drop(call, MalformedMessage(what))
+            self._failover.drop(call, MalformedMessage(what))
             return
         if type(message) is Done:
-            last = message.last
-            if not message.finish_reasons or (last is not None and (last.rid, last.seq) != (message.rid, message.seq)):
-                self._drop(call, MalformedMessage("a Done without finish reasons, or with another request's chunk"))
-            elif last is not None:
-                self._on_chunk(last)
-            elif message.seq != call.next_seq:
-                self._gap(call, message.seq)
-        if self.calls.pop(call.rid, None) is not None:
-            call.finish(message)
+            call.begin(now, None)
+            self._on_done(call, message)
+        self._failover.end(call, message)
 
-    def _on_error(self, _now: float, message: Error) -> None:
+    def _on_done(self, call: Call, done: Done) -> None:
+        """Take the last chunk; drop the call when what has come is not the whole."""
+        last = done.last
+        if not done.finish_reasons or (last is not None and (last.rid, last.seq) != (done.rid, done.seq)):
+            self._failover.drop(call, MalformedMessage("a Done without finish reasons, or with another request's chunk"))
+        elif last is not None:
+            self._on_chunk(last)
+        elif done.seq != call.next_seq and not (done.seq == 0 and done.finish_reasons == ["cancelled"] and not done.timings.worker):
+            # The exception is an end that the controller made itself: it does not know how far the answer had come.
+            self._failover.drop(call, gap(call.next_seq, done.seq))
+
+    def _on_error(self, now: float, message: Error) -> None:
         def typed() -> ZmqserveError:
             return from_wire(message.code, message.message, message.retryable, message.retry_after_ms, message.data)
 
         call = self.calls.get(message.rid)
-        if call is not None:
-            self._fail(call, typed())
+        if call is not None and call.there:
+            self._failover.fail(now, call, typed())
         elif message.rid == 0 and self._peer.state is State.GREETING:
-            self._peer.on_refusal(typed)
+            self._peer.on_refusal(now, typed)
         else:
             self.strays += 1
 
-    def _on_pong(self, _now: float, pong: Pong) -> None:
-        lost = self._peer.on_pong(pong)
+    def _on_pong(self, now: float, pong: Pong) -> None:
+        number, lost = self._peer.on_pong(pong)
         for rid in pong.unknown:
             call = self.calls.get(rid)
             # One that was sent after the Ping is not known to its Pong.
-            if call is not None and call.pinged:
-                self._fail(call, lost())
+            if call is not None and call.there and 0 < call.pinged <= number:
+                self._failover.disown(now, call, lost)
 
-    def _on_go_away(self, _now: float, message: GoAway) -> None:
-        self._peer.leaving = message.why
+    def _on_go_away(self, now: float, message: GoAway) -> None:
+        self._peer.on_go_away(now, message.why)
 
     def _on_garbage(self, payload: bytes, error: Exception) -> None:
         """Count it. When it names an open request, that one ends; otherwise a lost chunk shows as a gap, and a lost end by Pong."""
@@ -307,39 +273,20 @@ class Session:
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return
         if call is not None:
-            self._drop(call, MalformedMessage(f"the controller's answer is not the protocol: {error}"))
+            self._failover.drop(call, MalformedMessage(f"the controller's answer is not the protocol: {error}"))
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def _gap(self, call: Call, seq: int) -> None:
-        what = "a chunk came twice" if seq < call.next_seq else "a chunk is missing"
-        data = {"expected": call.next_seq, "got": seq}
-        self._drop(call, StreamGap(f"{what}: expected seq {call.next_seq}, got {seq}", data=data))
+    def _on_deadline(self, now: float, call: Call, timeout_s: float) -> None:
+        """Who knows of the deadline ends the request, and gets a moment for that. Otherwise it is ended here."""
+        if call.there and not isinstance(call.request, ListModels | Status | Drain):
+            call.timer = self._agenda.at(now + DEADLINE_GRACE_S, lambda _now: self._overdue(call, timeout_s))
+        else:
+            self._overdue(call, timeout_s)
 
     def _overdue(self, call: Call, timeout_s: float) -> None:
         message = f"no end came within the deadline of {timeout_s:g} s"
-        self._drop(call, DeadlineExceeded(message, data={"timeout_s": timeout_s}))
-
-    def _fail(self, call: Call, error: ZmqserveError) -> None:
-        """End a request that the controller does not hold (any more)."""
-        if self.calls.pop(call.rid, None) is not None:
-            call.finish(error)
-
-    def _drop(self, call: Call, end: Cancel | ZmqserveError) -> None:
-        """End a request that the controller may still hold: tell it."""
-        if self.calls.pop(call.rid, None) is None:
-            return
-        if call.sent:
-            cancel = encode(Cancel(call.rid))
-            if self._outbox or not self._wire.send(cancel):
-                self._outbox.append((None, cancel))
-        call.finish(end)
-
-    def _check_size(self, payload: bytes) -> None:
-        limit = self._peer.limits.message_bytes
-        if 0 < limit < len(payload):
-            message = f"the request is {len(payload)} bytes, the controller takes at most {limit}"
-            raise InvalidParameter(message, data={"parameter": "prompt", "bytes": len(payload), "limit_bytes": limit})
+        self._failover.drop(call, DeadlineExceeded(message, data={"timeout_s": timeout_s}))
 
 
 def closed() -> ZmqserveError:

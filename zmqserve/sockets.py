@@ -76,6 +76,7 @@ class Binding:
 
     def __init__(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         wanted = check_endpoint(endpoint, bind=True)
+        self._socket = socket
         # A second bind of an ipc path succeeds silently and steals the first one's new peers: hold a lock beside it.
         self._lock = _lock_ipc(endpoint) if wanted.startswith("ipc://") else None
         # A socket with IPV6 set reports an IPv4 endpoint in its mapped form, so it is set only for what needs it.
@@ -92,6 +93,11 @@ class Binding:
 
     def __repr__(self) -> str:
         return f"Binding({self.endpoint!r})"
+
+    def unbind(self) -> None:
+        """Before its socket is closed: libzmq frees an inproc name some time after that only, and who binds it again would fail."""
+        if self.endpoint.startswith("inproc://"):
+            self._socket.unbind(self.endpoint)
 
     def release(self) -> None:
         """Let others bind an ipc path again; the socket is closed by its owner."""
@@ -167,6 +173,7 @@ class Monitor:
         self._events: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._events.setsockopt(zmq.LINGER, 0)
         self.fd: int = self._events.fileno()
+        self.take()  # libzmq wakes only those who looked and found nothing
 
     def __repr__(self) -> str:
         return f"Monitor({self._socket!r})"
@@ -182,7 +189,8 @@ class Monitor:
 
     def close(self) -> None:
         """Let go of it; before its socket is closed."""
-        self._socket.disable_monitor()
+        with contextlib.suppress(zmq.ZMQError):  # the context has been terminated: its sockets must be closed all the same
+            self._socket.disable_monitor()
         self._events.close()
 
 

@@ -52,6 +52,7 @@ def worker_status(worker: Worker, now: float) -> WorkerStatus:
         up_s=round(now - worker.registered_s, 3),
         finished=worker.finished,
         version=worker.version,
+        controllers=worker.controllers,
     )
 
 

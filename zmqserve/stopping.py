@@ -26,36 +26,26 @@ class StopMatcher:
 
     Aho & Corasick, "Efficient string matching" (1975): one step per character whatever the number of stop strings, and the
     result does not depend on how the text was cut into pieces. Where several end at one character, the longest counts.
-
-    To continue an answer, give the text `generated` so far and how many characters of it were `delivered`: the difference
-    leaves with the first `feed`, which may be of "".
     """
 
-    def __init__(self, stop: Iterable[str], *, generated: str = "", delivered: int = 0) -> None:
+    def __init__(self, stop: Iterable[str]) -> None:
         self._root = _automaton(stop)
         self._node = self._root
         self._held = ""
-        self._skip = delivered
-        self._ready = ""
         self.stopped = False
-        if generated or delivered:
-            self._ready = self._advance(generated)
 
     def __repr__(self) -> str:
         return f"StopMatcher(held={self._held!r}, stopped={self.stopped})"
 
     def feed(self, text: str) -> tuple[str, bool]:
         """What may leave now that `text` has come, and whether a stop string was completed: then nothing more will leave."""
-        if self._ready:
-            ready, self._ready = self._ready, ""
-            return ready + self._advance(text), self.stopped
-        if not self._root.next and not self._skip:
+        if not self._root.next:
             return text, False
         return self._advance(text), self.stopped
 
     def flush(self) -> str:
         """The text has ended: what was held back was no stop string after all."""
-        rest, self._ready, self._held = self._ready + self._unskipped(self._held), "", ""
+        rest, self._held = self._held, ""
         self._node = self._root
         return rest
 
@@ -74,20 +64,12 @@ class StopMatcher:
                 self.stopped = True
                 whole = self._held + text[:position]
                 self._held = ""
-                return self._unskipped(whole[: len(whole) - node.match])
+                return whole[: len(whole) - node.match]
         self._node = node
         whole = self._held + text
         leaves = len(whole) - node.depth
         self._held = whole[leaves:]
-        return self._unskipped(whole[:leaves])
-
-    def _unskipped(self, text: str) -> str:
-        """The part of `text` that was not delivered before."""
-        if not self._skip:
-            return text
-        skipped = min(self._skip, len(text))
-        self._skip -= skipped
-        return text[skipped:]
+        return whole[:leaves]
 
 
 def _automaton(stop: Iterable[str]) -> _Node:

@@ -75,6 +75,11 @@ class Stream(Iterator[StreamChunk]):
         return self.completion.text
 
     @property
+    def resumed(self) -> int:
+        """How often the answer went on elsewhere so far, after its worker or controller was lost."""
+        return self._call.resumed
+
+    @property
     def completion(self) -> Completion:
         """The whole answer. Raises what ended it otherwise, and RuntimeError before the end and after `close`."""
         return completed(self._call)
@@ -114,4 +119,4 @@ def completed(call: Call) -> Completion:
         )
         for index, received in enumerate(call.received)
     ]
-    return Completion(choices, end.usage, end.timings)
+    return Completion(choices, end.usage, end.timings, call.resumed)

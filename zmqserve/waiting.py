@@ -6,22 +6,43 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
+from .errors import Overloaded
+from .rate import ServiceRate
+
 if TYPE_CHECKING:
-    from .flight import Flight
+    from .config import ControllerConfig
+    from .flight import Client, Flight
     from .registry import Need
 
 _Line: TypeAlias = "OrderedDict[Flight, None]"
-_Group: TypeAlias = "OrderedDict[int, _Line]"
+_Level: TypeAlias = "OrderedDict[bytes, _Group]"
+Rank: TypeAlias = tuple[int, int]
+"""Whose turn comes first, over all queues: the least priority number, then the earliest turn."""
+
+LEAST_RETRY_MS, UNKNOWN_RETRY_MS, MOST_RETRY_MS = 50, 1000, 30_000
+"""What Overloaded tells at least, when no request has been served yet, and at most."""
+
+
+class _Group:
+    """What waits of one connection. `turn`: the number of its last turn, or of when it came; 0 for one that goes first."""
+
+    __slots__ = ("lines", "turn")
+
+    def __init__(self, turn: int) -> None:
+        self.lines: OrderedDict[int, _Line] = OrderedDict()
+        self.turn = turn
 
 
 class FairQueue:
     """Lower priority numbers first; within one, connections take turns, and so do the clients behind one connection.
 
-    Ordered dicts all the way down: a request that is cancelled leaves at once, from anywhere, in O(1).
+    Ordered dicts all the way down: a request that is cancelled leaves at once, from anywhere, in O(1). `turns` numbers the turns,
+    and is shared by all queues whose requests go to the same workers, so that their heads can be compared.
     """
 
-    def __init__(self) -> None:
-        self._levels: dict[int, OrderedDict[bytes, _Group]] = {}
+    def __init__(self, turns: Iterator[int]) -> None:
+        self._levels: dict[int, _Level] = {}
+        self._turns = turns
         self._size = 0
 
     def __len__(self) -> int:
@@ -30,49 +51,63 @@ class FairQueue:
     def __repr__(self) -> str:
         return f"FairQueue({self._size} waiting)"
 
+    @property
+    def connections(self) -> int:
+        """How many take turns."""
+        return sum(map(len, self._levels.values()))
+
     def push(self, flight: Flight, *, front: bool = False) -> None:
         """Last in its client's line, or with `front` the next of all of its priority."""
         level = self._levels.setdefault(flight.priority, OrderedDict())
         connection, client = flight.client.envelope[0], flight.client.number
-        group = level.setdefault(connection, OrderedDict())
-        line = group.setdefault(client, OrderedDict())
+        group = level.get(connection)
+        if group is None:
+            group = level[connection] = _Group(next(self._turns))
+        line = group.lines.setdefault(client, OrderedDict())
         line[flight] = None
         self._size += 1
         if front:
             line.move_to_end(flight, last=False)
-            group.move_to_end(client, last=False)
+            group.lines.move_to_end(client, last=False)
             level.move_to_end(connection, last=False)
+            group.turn = 0
 
     def head(self) -> Flight | None:
         """Who is next; None when nobody waits."""
         if not self._size:
             return None
-        level = self._levels[min(self._levels)]
-        return next(iter(next(iter(next(iter(level.values())).values()))))
+        group = next(iter(self._levels[min(self._levels)].values()))
+        return next(iter(next(iter(group.lines.values()))))
+
+    def rank(self) -> Rank:
+        """The head's place among the heads of other queues."""
+        priority = min(self._levels)
+        return priority, next(iter(self._levels[priority].values())).turn
 
     def take(self, flight: Flight) -> None:
         """Its turn has come: it leaves, and its client and connection go to the end of the round."""
         level, group = self._leave(flight)
         connection, client = flight.client.envelope[0], flight.client.number
-        if client in group:
-            group.move_to_end(client)
+        if client in group.lines:
+            group.lines.move_to_end(client)
         if connection in level:
             level.move_to_end(connection)
+            group.turn = next(self._turns)
 
     def remove(self, flight: Flight) -> None:
         """It leaves without a turn (cancelled, too late). KeyError when it does not wait here."""
         self._leave(flight)
 
-    def _leave(self, flight: Flight) -> tuple[OrderedDict[bytes, _Group], _Group]:
+    def _leave(self, flight: Flight) -> tuple[_Level, _Group]:
         level = self._levels[flight.priority]
         connection, client = flight.client.envelope[0], flight.client.number
         group = level[connection]
-        line = group[client]
+        line = group.lines[client]
         del line[flight]
         self._size -= 1
         if not line:
-            del group[client]
-            if not group:
+            del group.lines[client]
+            if not group.lines:
                 del level[connection]
                 if not level:
                     del self._levels[flight.priority]
@@ -80,15 +115,18 @@ class FairQueue:
 
 
 class WaitingRoom:
-    """One model's waiting requests, a FairQueue per need, bounded together by number and bytes."""
+    """One model's waiting requests, a FairQueue per need, bounded together by number and bytes, and so is what one client has waiting.
 
-    def __init__(self, most_requests: int, most_bytes: int) -> None:
-        self.most_requests, self.most_bytes = most_requests, most_bytes
+    `rate` is told how long requests of the model held a slot.
+    """
+
+    def __init__(self, config: ControllerConfig, turns: Iterator[int]) -> None:
+        self.config = config
         self.bytes = 0
+        self.rate = ServiceRate()
+        self._turns = turns
         self._size = 0
         self._queues: dict[Need, FairQueue] = {}
-        self._seconds_per_request = 0.1
-        self._last_served_s: float | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -99,53 +137,89 @@ class WaitingRoom:
     def __repr__(self) -> str:
         return f"WaitingRoom({self._size} waiting, {self.bytes} bytes)"
 
-    def has_room(self, size: int) -> bool:
-        """Whether one more request of `size` bytes may wait."""
-        return self._size < self.most_requests and self.bytes + size <= self.most_bytes
+    @property
+    def suspects(self) -> int:
+        """How many of them have lost a worker."""
+        return sum(len(queue) for need, queue in self._queues.items() if need.trial)
+
+    def check(self, client: Client, size: int, model: str, running: int) -> None:
+        """Whether one more request of `size` bytes may wait: raises Overloaded, which names the bound that says no.
+
+        `running`: requests of the model that hold a slot now.
+        """
+        config = self.config
+        bounds = (
+            ("client_requests", "this client's requests", client.waiting, 1, config.client_requests),
+            ("client_bytes", "bytes of this client's requests", client.waiting_bytes, size, config.client_bytes),
+            ("queue_requests", f"requests for {model}", self._size, 1, config.queue_requests),
+            ("queue_bytes", f"bytes of requests for {model}", self.bytes, size, config.queue_bytes),
+        )
+        for name, what, waiting, more, limit in bounds:
+            if waiting + more > limit:
+                raise Overloaded(
+                    f"{waiting} {what} wait already, {more} more would be over the limit of {limit} ({name})",
+                    retry_after_ms=self.retry_after_ms(running, client if name.startswith("client") else None),
+                    data={"model": model, "bound": name, "limit": limit, "waiting": waiting},
+                )
 
     def push(self, flight: Flight, *, front: bool = False) -> None:
         """Let it wait. Requests that had a worker already (`front`) are let in beyond the bounds."""
         queue = self._queues.get(flight.need)
         if queue is None:
-            queue = self._queues[flight.need] = FairQueue()
+            queue = self._queues[flight.need] = FairQueue(self._turns)
         queue.push(flight, front=front)
         flight.waiting = True
         self._size += 1
         self.bytes += len(flight.payload)
+        flight.client.waiting += 1
+        flight.client.waiting_bytes += len(flight.payload)
 
     def head(self, worker_can: frozenset[Need] | None = None) -> Flight | None:
         """Who is next among those that a worker can serve; None for `worker_can`: among all."""
-        heads = (queue.head() for need, queue in self._queues.items() if worker_can is None or need in worker_can)
-        return min((flight for flight in heads if flight is not None), key=_rank, default=None)
+        first = self.first(worker_can)
+        return first[1] if first is not None else None
+
+    def first(self, worker_can: frozenset[Need] | None = None) -> tuple[Rank, Flight] | None:
+        """The same, with its place among those who are next for other models."""
+        queues = [queue for need, queue in self._queues.items() if worker_can is None or need in worker_can]
+        if not queues:
+            return None
+        queue = min(queues, key=FairQueue.rank)
+        flight = queue.head()
+        return (queue.rank(), flight) if flight is not None else None
 
     def needs(self) -> list[Need]:
         """What the waiting requests ask for."""
         return list(self._queues)
 
-    def take(self, flight: Flight, now: float) -> None:
+    def take(self, flight: Flight) -> None:
         """Its turn has come."""
         self._queues[flight.need].take(flight)
         self._left(flight)
-        if self._last_served_s is not None:
-            self._seconds_per_request += 0.1 * (now - self._last_served_s - self._seconds_per_request)
-        self._last_served_s = now if self._size else None
 
     def remove(self, flight: Flight) -> None:
         """It leaves without a turn."""
         self._queues[flight.need].remove(flight)
         self._left(flight)
 
-    def retry_after_ms(self) -> int:
-        """When a new request may find room: the time that the queue takes at the rate at which it was served lately."""
-        return int(min(30_000.0, max(50.0, 1000 * self._seconds_per_request * max(1, self._size // 10))))
+    def retry_after_ms(self, running: int, client: Client | None = None) -> int:
+        """When to try again: half of the line will have been served by then, at the observed rate, so there is room and nobody idles.
+
+        The line is the whole queue's, or a client's own, which gets its share of the turns only.
+        """
+        per_second = self.rate.per_second(running)
+        if per_second is None:
+            return UNKNOWN_RETRY_MS
+        line = self._size
+        if client is not None:
+            line = min(self._size, client.waiting * sum(queue.connections for queue in self._queues.values()))
+        return int(min(MOST_RETRY_MS, max(LEAST_RETRY_MS, 1000 * (line / 2) / per_second)))
 
     def _left(self, flight: Flight) -> None:
         flight.waiting = False
         self._size -= 1
         self.bytes -= len(flight.payload)
+        flight.client.waiting -= 1
+        flight.client.waiting_bytes -= len(flight.payload)
         if not self._queues[flight.need]:
             del self._queues[flight.need]
-
-
-def _rank(flight: Flight) -> tuple[int, float]:
-    return (flight.priority, flight.arrived_s)

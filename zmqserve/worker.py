@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -32,12 +32,12 @@ from .errors import InvalidParameter, Unsupported, ZmqserveError
 from .jobs import Delta, GenerateJob, Vectors
 from .linkthread import LinkThread
 from .logs import Logger
-from .messages import MAX_NAME, PROTOCOL, CountTokens, Embed, ModelCard, ModelDetails, Ready
+from .messages import MAX_NAME, MAX_SLOTS, MAX_SPEED, PROTOCOL, CountTokens, Embed, ModelCard, ModelDetails, Ready
 from .release import installed_version
+from .resuming import declared
 from .sockets import SocketLimits, check_endpoint
 
 log = Logger("zmqserve.worker")
-MAX_SLOTS = 1_000_000
 ENGINE_JOIN_S = 5.0
 """How long the end waits for an engine that may be hung; its thread is a daemon."""
 
@@ -74,7 +74,7 @@ class WorkerConfig:
             ("controllers", len(set(controllers)) == len(controllers), "different endpoints"),
             ("name", self.name is None or 1 <= len(self.name) <= MAX_NAME, f"1 to {MAX_NAME} characters long"),
             ("slots", self.slots is None or 1 <= self.slots <= MAX_SLOTS, f"an integer from 1 to {MAX_SLOTS}"),
-            ("speed", 0 < self.speed <= 1e9, "above 0"),
+            ("speed", 0 < self.speed <= MAX_SPEED, "above 0"),
             ("ttl_s", 0.01 <= self.ttl_s <= 1e6, "at least 0.01"),
             ("grace_s", self.grace_s >= 0, "0 or more"),
             ("outbox_bytes", self.outbox_bytes >= 1, "1 or more"),
@@ -98,11 +98,16 @@ class BaseModelWorker(ABC):
     refused and never ignored, and overrides `load` and its verbs. These run on one event loop: what takes long goes to a
     thread. An exception ends its own request only.
 
+    `resumes` declares that it honours `Generate.resume`, and how by parameter (``greedy``: temperature 0, ``sampling``: above it
+    without a seed): ``exact``, ``approximate`` or ``refused``; not named is exact. None: it cannot continue an answer. Its cards must
+    have a fingerprint, and may say it otherwise. `resuming.reread` does most of it.
+
     ``run()`` serves until SIGTERM, SIGINT or a controller's drain; ``start()`` and ``stop()`` do it inside another program.
     """
 
     backend: ClassVar[str]
     honours: ClassVar[frozenset[str]] = frozenset()
+    resumes: ClassVar[Mapping[str, str] | None] = None
     default_slots: ClassVar[int] = 4
 
     def __init__(self, config: WorkerConfig | None = None) -> None:
@@ -169,9 +174,9 @@ class BaseModelWorker(ABC):
 
     def step_age_s(self) -> float:
         """Seconds since the engine last made anything; 0 while it has nothing to do. Called from the socket thread: be quick."""
-        if self._links is None or self._engine is None or not self._links.running:
+        if self._links is None or self._engine is None or not self._links.workload.running:
             return 0.0
-        return self._engine.age_s()
+        return self._engine.desk.age_s()
 
     def close(self) -> None:  # noqa: B027 - nothing to let go of, unless a backend says so
         """Let go of the model, after the last job."""
@@ -183,7 +188,7 @@ class BaseModelWorker(ABC):
         for all jobs of a step in one callback: they leave together. It should pause a job while `job.congested`.
         """
         if self._engine is not None:
-            self._engine.spawn(job.answer, self._engine.drive, job)
+            self._engine.desk.drive(job)
 
     def abandon(self, job: Job) -> None:  # noqa: B027 - the same
         """Stop a job that `begin` started without a task; it has been answered. Nothing it emits from here on is sent."""
@@ -204,22 +209,22 @@ class BaseModelWorker(ABC):
         if self._links is not None:
             raise RuntimeError(f"worker {self.name} was started before: make a new one")
         self._links = links = LinkThread(self)
-        self._engine = links.engine = Engine(self, links, on_crash=self._fail, on_end=self._engine_ended)
-        self._engine.start()
-        links.start()
+        self._engine = engine = Engine(self, links, on_crash=self._fail, on_end=self._engine_ended)
+        engine.start()
+        links.start_with(engine)
         threading.Thread(target=self._load, name=f"{self.name} load", daemon=True).start()
 
     def drain(self) -> None:
         """Take nothing new, finish what runs within `grace_s`, then end. From any thread; returns at once."""
         if self._links is not None:
-            self._links.call(functools.partial(self._links.drain, None))
+            self._links.call(functools.partial(self._links.workload.drain, None))
 
     def stop(self) -> None:
         """End now, and wait for it. What runs is aborted and moved elsewhere by the controllers. Harmless when it has ended."""
         links, engine = self._links, self._engine
         if links is None or engine is None:
             return
-        links.call(links.end)
+        links.call(links.workload.end)
         links.join()
         engine.join(ENGINE_JOIN_S)
         if engine.is_alive():
@@ -262,7 +267,7 @@ class BaseModelWorker(ABC):
     @property
     def failure(self) -> BaseException | None:
         """What ended the worker, if it was not asked to end."""
-        return self._links.failure if self._links is not None else None
+        return self._links.workload.failure if self._links is not None else None
 
     def registration(self, state: str, slots: int) -> Ready:
         """What it says of itself when it registers."""
@@ -290,15 +295,16 @@ class BaseModelWorker(ABC):
             if not self._ended:
                 self.cards = cards
         if self.cards and self._links is not None and self._engine is not None:
-            self._engine.cards = by_name(cards)
-            self._links.call(functools.partial(self._links.announce, self.slots))
+            self._engine.desk.cards = by_name(cards)
+            self._links.call(functools.partial(self._links.workload.announce, self.slots))
             self._loaded.set()
         else:
             self.close()
 
     def _completed(self, card: ModelCard) -> ModelCard:
         verbs = list(card.verbs) or [verb for verb in ("generate", "embed", "count_tokens") if self._overrides(verb)]
-        return msgspec.structs.replace(card, verbs=verbs if "model_details" in verbs else [*verbs, "model_details"])
+        card = msgspec.structs.replace(card, verbs=verbs if "model_details" in verbs else [*verbs, "model_details"])
+        return declared(card, self.resumes, self.honours)
 
     def _overrides(self, verb: str) -> bool:
         return getattr(type(self), verb) is not getattr(BaseModelWorker, verb)
@@ -308,7 +314,7 @@ class BaseModelWorker(ABC):
 
     def _fail(self, error: BaseException) -> None:
         if self._links is not None:
-            self._links.call(functools.partial(self._links.end, error))
+            self._links.call(functools.partial(self._links.workload.end, error))
 
     def _engine_ended(self) -> None:
         with self._lock:
@@ -331,7 +337,7 @@ class BaseModelWorker(ABC):
         def handle(number: int, _frame: FrameType | None) -> None:
             nonlocal interrupted
             if interrupted and number == signal.SIGINT and self._links is not None:
-                self._links.call(self._links.end)
+                self._links.call(self._links.workload.end)
             interrupted = True
             self.drain()
 

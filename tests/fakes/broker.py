@@ -38,6 +38,7 @@ class Broker:
         limits: m.Limits | None = None,
         greets: bool = True,
         pongs: bool = True,
+        linger_ms: int = 0,
     ) -> None:
         self.controller, self.protocol, self.limits = controller, protocol, limits or m.Limits()
         self.greets, self.pongs = greets, pongs
@@ -47,7 +48,7 @@ class Broker:
         self._context = context or zmq.Context()
         self._owns_context = context is None
         self._router = self._context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.setsockopt(zmq.LINGER, linger_ms)
         self._router.bind(endpoint)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._bell = self._context.socket(zmq.PAIR)

@@ -119,9 +119,10 @@ class FakeController:
         self.socket.send_multipart([to or self.worker, m.encode(head), payload])
 
     def welcome(self, ready: Received, *, ttl_ms: int = 3000) -> None:
-        """Take a worker in, under a new epoch."""
-        self._epochs += 1
-        self.worker, self.epoch = ready.identity, 1000 + self._epochs
+        """Take a worker in, under a new epoch; or take what a registered one says of itself now, under the epoch that it has."""
+        if not self.epoch or (ready.identity, ready.head.epoch) != (self.worker, self.epoch):
+            self._epochs += 1
+            self.worker, self.epoch = ready.identity, 1000 + self._epochs
         welcome = m.WorkerWelcome(m.PROTOCOL, self.name, ttl_ms, message_bytes=self.message_bytes)
         self.send(m.ControllerHead(m.WELCOME, self.epoch), m.encode(welcome))
 

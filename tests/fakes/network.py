@@ -144,6 +144,8 @@ class Network:
             self._check_worker(worker)
             routes.update(m.more_head(worker.epoch, flight.client.number) for flight in worker.flights.values())
         assert {head: route.flights for head, route in flights.routes.items()} == dict(routes)
+        told = Counter(m.more_head(worker.epoch, f.client.number) for worker in registry for f in worker.flights.values() if f.told)
+        assert {head: route.told for head, route in flights.routes.items() if route.told} == dict(told)
         waiting: list[Flight] = []
         for client in flights.clients.values():
             assert client.flights, f"{client!r} has nothing open"
@@ -173,12 +175,16 @@ class Network:
         timers = sum(len(worker.timers) for worker in registry) + sum(pool.orphan_timer is not None for pool in registry.pools.values())
         for flight in running + waiting:
             timers += sum(timer is not None and timer.action is not None for timer in (flight.timer, flight.cancel_timer))
+        timers += self.broker.members._probe_timer is not None
         assert len(self.broker.agenda) == timers + len(flights.clients)
+        for client in flights.clients.values():
+            mine = [flight for flight in client.flights.values() if flight.waiting]
+            assert (client.waiting, client.waiting_bytes) == (len(mine), sum(len(flight.payload) for flight in mine))
 
     def _check_worker(self, worker: Worker) -> None:
         slotted = sum(flight.slotted for flight in worker.flights.values())
         assert worker.running == slotted
-        assert 0 <= slotted <= worker.slots
+        assert 0 <= slotted <= self._most_slots(worker)
         assert worker.others >= 0
         assert self.broker.registry.by_name[worker.name] is worker
         for (number, rid), flight in worker.flights.items():
@@ -187,6 +193,10 @@ class Network:
             assert (flight.client.number, flight.rid) == (number, rid)
         for pool in worker.pools:
             assert pool.workers[worker.identity] is worker
+
+    def _most_slots(self, worker: Worker) -> int:
+        """An offer may shrink below what runs."""
+        return self.workers[worker.identity].most_slots
 
     def assert_clean(self) -> None:
         """Nothing is in progress and nothing is left over; each request of a client that lives has ended exactly once."""

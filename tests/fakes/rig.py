@@ -20,7 +20,9 @@ PATIENCE_MS = 5000
 class Rig:
     """A relay with a broker, and peers on inproc, where what was sent can be received at once."""
 
-    def __init__(self, *, compiled: bool = True, outbox_bytes: int = 1000, pipe_messages: int = 512) -> None:
+    def __init__(
+        self, *, compiled: bool = True, outbox_bytes: int = 1000, pipe_messages: int = 512, outbox_total_bytes: int = 10**9
+    ) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.now = 0.0
         self.sockets: list[zmq.Socket[bytes]] = []
@@ -29,11 +31,11 @@ class Rig:
         for name in ("clients", "workers"):
             socket = self._keep(router(self.context, limits))
             socket.bind(f"inproc://{name}")
-            ports.append(Port(socket, outbox_bytes, compiled))
+            ports.append(Port(socket, outbox_bytes, compiled, outbox_total_bytes))
         self.clients, self.workers = ports
         self._epochs = 0
         self.broker = Broker(
-            ControllerConfig(outbox_bytes=outbox_bytes),
+            ControllerConfig(outbox_bytes=outbox_bytes, outbox_total_bytes=outbox_total_bytes),
             controller_id="here",
             version="0",
             send_client=lambda envelope, payload: self.clients.send(*envelope, payload),

@@ -111,14 +111,17 @@ class ScriptedWorker:
         self.network, self.identity, self.name, self.cards = network, identity, name, cards
         self.offer = {"slots": 1, "speed": 1.0, "ttl_ms": 3000, "state": "ready", **offer}
         self.epoch = 0
+        self.most_slots = 0
+        """Offered in this registration: what began on slots that are not offered any more runs on."""
         self.tasks: list[Task] = []
         self.got: list[tuple[m.ControllerHead, bytes]] = []
 
     def take(self, head: m.ControllerHead, payload: bytes) -> None:
         self.got.append((head, payload))
         if head.kind == m.WELCOME:
+            if head.epoch != self.epoch:
+                self.tasks.clear()
             self.epoch = head.epoch
-            self.tasks.clear()
         elif head.kind == m.REREGISTER:
             self.tasks.clear()
         elif head.kind == m.REQUEST:
@@ -138,6 +141,7 @@ class ScriptedWorker:
         """Register, with changes to what is offered."""
         self.offer |= offer
         fields = self.offer
+        self.most_slots = max(fields["slots"], self.most_slots if epoch and epoch == self.epoch else 0)
         ready = m.Ready(
             protocol,
             self.name,

@@ -1,0 +1,37 @@
+"""The ends of requests that a controller makes itself, because no worker does."""
+
+from __future__ import annotations
+
+from . import messages as m
+from .errors import DeadlineExceeded, SlowConsumer, WorkerLost, ZmqserveError
+from .flight import Flight
+
+
+def error_message(rid: int, error: ZmqserveError) -> bytes:
+    """An exception as the Error message that ends a request."""
+    return m.encode(m.Error(rid, error.code, error.message, error.retryable, error.retry_after_ms, dict(error.data)))
+
+
+def cancelled_message(rid: int) -> bytes:
+    """The Done of a request that was cancelled."""
+    return m.encode(m.Done(rid, 0, ["cancelled"], m.Usage(0, 0), m.Timings("")))
+
+
+def too_late() -> DeadlineExceeded:
+    """For a request that no worker has ended in time."""
+    return DeadlineExceeded("the deadline passed before a worker had answered")
+
+
+def slow_consumer(outbox_bytes: int, outbox_total_bytes: int) -> SlowConsumer:
+    """For the requests of a client that does not read."""
+    text = "the client did not read: what waits for it, or for all clients together, reached its limit"
+    return SlowConsumer(text, data={"outbox_bytes": outbox_bytes, "outbox_total_bytes": outbox_total_bytes})
+
+
+def worker_lost(flight: Flight, worker: str, why: str, max_attempts: int) -> WorkerLost:
+    """For a request whose worker was given up; not retryable when it is the last that it may lose."""
+    again = flight.attempts < max_attempts
+    text = f"worker {worker} was lost ({why})" + ("" if again else f", the {flight.attempts}. one that this request lost: giving it up")
+    error = WorkerLost(text, data={"worker": worker, "attempts": flight.attempts})
+    error.retryable = again
+    return error

@@ -1,0 +1,73 @@
+"""Who can answer a request, or why nobody can. The same for a controller's own clients and for what its parents send it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from . import messages as m
+from .errors import ModelLoading, NoWorker, UnknownModel, Unsupported, WorkerLost
+from .registry import Need, Pool, Registry
+
+MOST_NAMED = 20
+"""Models named in the text of an error; its data holds up to 100."""
+
+
+class Intake:
+    """Reads the header of a request and finds the pool that serves it."""
+
+    def __init__(self, registry: Registry, max_attempts: int) -> None:
+        self._registry = registry
+        self._max_attempts = max_attempts
+        self._needs = {tag: Need(verb) for tag, verb in m.VERBS.items()}
+        self._headers = msgspec.msgpack.Decoder(m.RequestHeader)
+
+    def __repr__(self) -> str:
+        return f"Intake({self._registry!r})"
+
+    def read(self, payload: bytes) -> m.RequestHeader | None:
+        """The header of a request that a worker answers; None for any other message, or for none."""
+        try:
+            header = self._headers.decode(payload)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            return None
+        return header if header.tag in self._needs else None
+
+    def need(self, header: m.RequestHeader) -> Need:
+        """What it asks of a worker."""
+        need = self._needs[header.tag]
+        if header.fingerprint is None and not header.attempts:
+            return need
+        return Need(need.verb, header.fingerprint, trial=need.slotted and header.attempts > 0)
+
+    def pool(self, header: m.RequestHeader, need: Need) -> Pool:
+        """The model's pool, which may have no free worker now. Raises the error that ends a request which nobody can answer."""
+        pool = self._registry.find(header.model)
+        if pool is None:
+            models = self._registry.known_models()
+            if not models:  # just started, most likely: its workers are on their way
+                raise NoWorker(f"no worker serves model {header.model!r}: none has registered yet", retry_after_ms=1000)
+            served = f"{', '.join(models[:MOST_NAMED])}{', ...' if len(models) > MOST_NAMED else ''}"
+            raise UnknownModel(
+                f"no worker serves model {header.model!r}; known: {served}", data={"model": header.model, "known_models": models[:100]}
+            )
+        if pool.workers and not pool.can(need):
+            _refuse(pool, need)
+        if header.attempts >= self._max_attempts:
+            lost = WorkerLost(f"the request has lost {header.attempts} workers: giving it up", data={"attempts": header.attempts})
+            lost.retryable = False
+            raise lost
+        return pool
+
+
+def _refuse(pool: Pool, need: Need) -> None:
+    if pool.state == "loading":
+        raise ModelLoading(f"model {pool.model!r} is still loading: try again", retry_after_ms=1000, data={"model": pool.model})
+    if need.fingerprint is not None and pool.can(Need(need.verb)):
+        lost = WorkerLost(f"no worker of {pool.model!r} left has its fingerprint {need.fingerprint}", data={"model": pool.model})
+        lost.retryable = False
+        raise lost
+    verbs = sorted({verb for worker in pool.workers.values() for verb in worker.cards[pool.model].verbs})
+    raise Unsupported(
+        f"model {pool.model!r} does not {need.verb}; it can: {', '.join(verbs)}",
+        data={"model": pool.model, "verb": need.verb, "verbs": verbs},
+    )

@@ -1,0 +1,210 @@
+"""What a worker takes on, for all its controllers together: its state, its slots, and who is told of them. No socket, no thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import Protocol
+
+import msgspec
+
+from .answers import Answer
+from .desk import Desk
+from .errors import Refused
+from .lane import Lane, Outbound
+from .link import ControllerLink
+from .logs import Logger
+from .messages import ControllerHead, Load, Peek, Ready
+
+log = Logger("zmqserve.worker")
+SLOT_TAGS = (2, 3)
+"""Generate and Embed take a slot; what else is asked is quick."""
+
+_peek = msgspec.msgpack.Decoder(Peek)
+
+
+class Served(Protocol):
+    """Whose workload it is: a BaseModelWorker, which says what each of these means."""
+
+    name: str
+
+    def registration(self, state: str, slots: int) -> Ready: ...
+    def step_age_s(self) -> float: ...
+    def taken(self) -> None: ...
+
+
+class Workload:
+    """The LinkHost of a worker's links. It counts slots: a request takes one when it goes to the desk and gives it back with its end.
+
+    `links` are added by the owner, which ticks them through `tick` and asks after each turn whether the workload has `finished`.
+    What the desk has to do goes through ``hand(function, *arguments)``, which runs such calls in order; what comes back to the owner
+    as Outbound goes through `pass_on`. `failure` says why it ended, if not as asked. `desk` is set before anything is received.
+    """
+
+    desk: Desk
+
+    def __init__(
+        self,
+        worker: Served,
+        out: Outbound,
+        *,
+        grace_s: float,
+        message_bytes: int,
+        now: Callable[[], float],
+        hand: Callable[..., None],
+        fresh_socket: Callable[[ControllerLink], None],
+    ) -> None:
+        self.state = "loading"
+        self.slots = 0
+        self.running = 0
+        self.links: dict[ControllerLink, Lane | None] = {}
+        self.failure: BaseException | None = None
+        self.ending = False
+        self.drain_ends_s = inf
+        self._open = 0
+        self._worker = worker
+        self._out = out
+        self._grace_s = grace_s
+        self._message_bytes = message_bytes
+        self._now = now
+        self._hand = hand
+        self._fresh_socket = fresh_socket
+
+    def __repr__(self) -> str:
+        return f"Workload({self.state}, {self.running} of {self.slots} slots, {len(self.links)} controllers)"
+
+    def add(self, link: ControllerLink) -> None:
+        """One more controller."""
+        self.links[link] = None
+
+    # --- what its worker decides ------------------------------------------------------------------
+
+    def announce(self, slots: int) -> None:
+        """The model is loaded."""
+        if self.state == "loading":
+            self.state, self.slots = "ready", slots
+            for link in self.links:
+                link.announce()
+
+    def drain(self, grace_s: float | None) -> None:
+        """Take nothing new, finish what runs within `grace_s` (None: the worker's own), then end."""
+        if self.state != "draining":
+            self.state = "draining"
+            grace_s = self._grace_s if grace_s is None else grace_s
+            self.drain_ends_s = self._now() + grace_s
+            log.info("draining", worker=self._worker.name, running=self._open, grace_s=grace_s)
+            for link in self.links:
+                link.drain()
+
+    def end(self, failure: BaseException | None = None) -> None:
+        """End now. What still runs is aborted; its controllers move it."""
+        self.failure = self.failure or failure
+        self.ending = True
+
+    def finished(self, now: float, waiting: int) -> bool:
+        """Whether it may end. `waiting`: what the desk has posted and was not passed on yet."""
+        if self.ending or now >= self.drain_ends_s:
+            return True
+        if self.state != "draining" or self._open or waiting:
+            return False
+        # Nobody takes what waits for a controller that is not there.
+        return not any(link.outbox_bytes for link in self.links if link.state == "registered" and not link.silent)
+
+    def tick(self, now: float) -> float:
+        """Let each link do what is due; returns when to call again."""
+        due_s = self.drain_ends_s
+        for link, lane in self.links.items():
+            due_s = min(due_s, link.tick(now))
+            if lane is not None:
+                lane.gone_bytes = lane.taken_bytes - link.outbox_bytes
+        return due_s
+
+    def pass_on(self, lane: Lane, head: bytes, payload: bytes, ended: Answer | None) -> None:
+        """Send what the desk has posted, and free the slot of what has ended."""
+        if head:
+            lane.link.post(lane.epoch, head, payload)
+            lane.taken_bytes += len(head) + len(payload)
+        if ended is not None:
+            self._open -= 1
+            if ended.slot:
+                self.running -= 1
+                lane.yours -= 1
+                self._tell_others(lane.link)
+
+    # --- LinkHost ---------------------------------------------------------------------------------
+
+    def ready(self) -> Ready:
+        """As LinkHost says."""
+        return self._worker.registration(self.state, self.slots)
+
+    def load(self, link: ControllerLink) -> Load:
+        """As LinkHost says."""
+        lane = self.links[link]
+        return Load(self.running, 0, lane.yours if lane is not None else 0, 1000 * self._worker.step_age_s())
+
+    def offer(self, link: ControllerLink, head: ControllerHead, payload: bytes) -> bool:
+        """As LinkHost says."""
+        try:
+            slot = _peek.decode(payload).tag in SLOT_TAGS
+        except (msgspec.DecodeError, RecursionError):
+            slot = False
+        if slot and (self.running >= self.slots or self.state != "ready"):
+            return False
+        lane = self.links[link]
+        if lane is None:
+            lane = Lane(link, link.epoch, self._out, min(self._message_bytes, link.message_bytes or self._message_bytes))
+            self.links[link] = lane
+        self._open += 1
+        if slot:
+            if not self.running:
+                self.desk.rouse()
+            self.running += 1
+            lane.yours += 1
+            self._tell_others(link)
+        self._hand(self.desk.request, lane, head, payload, slot, self._now())
+        return True
+
+    def cancel(self, link: ControllerLink, client: int, rid: int) -> None:
+        """As LinkHost says."""
+        lane = self.links[link]
+        if lane is not None:
+            self._hand(self.desk.cancel, lane, client, rid)
+
+    def abort(self, link: ControllerLink) -> None:
+        """As LinkHost says."""
+        lane = self.links[link]
+        if lane is not None:
+            lane.alive = False
+            self._hand(self.desk.abort, lane)
+            self.links[link] = None
+
+    def fresh_socket(self, link: ControllerLink) -> None:
+        """As LinkHost says."""
+        log.info("reconnecting", worker=self._worker.name, controller=link.controller, endpoint=link.endpoint)
+        self._fresh_socket(link)
+
+    def changed(self, link: ControllerLink) -> None:
+        """As LinkHost says."""
+        note = log.bind(worker=self._worker.name, controller=link.controller, endpoint=link.endpoint)
+        refusal = link.refusal
+        if link.silent:
+            if self.state != "draining" and not self.ending:
+                note.warning("controller silent")
+        elif link.state == "registered":
+            note.info("registered", state=self.state)
+            if self.state == "ready" and link.known:
+                self._worker.taken()
+        elif refusal is not None and link.state == "registering":
+            note.warning("registration refused, trying again", why=refusal.why, retry_after_ms=refusal.retry_after_ms)
+        elif refusal is not None and link.state == "refused":
+            note.error("registration refused", why=refusal.why)
+            # With others left the worker still has somebody to serve.
+            if all(other.state == "refused" for other in self.links):
+                text = f"the controller at {link.endpoint} refused worker {self._worker.name}: {refusal.why}"
+                self.end(Refused(text, data={"endpoint": link.endpoint, "code": refusal.code}))
+
+    def _tell_others(self, link: ControllerLink) -> None:
+        now = self._now()
+        for other in self.links:
+            if other is not link:
+                other.others_changed(now)
