@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import transport
+from . import backpressure, chaos, recovery, simulate, transport
 
 
 def main() -> int:
@@ -13,6 +13,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     names = parser.add_subparsers(title="benchmarks", required=True, metavar="NAME")
     transport.add_arguments(names)
+    chaos.add_arguments(names)
+    recovery.add_arguments(names)
+    backpressure.add_arguments(names)
+    simulate.add_arguments(names)
     args = parser.parse_args()
     result: int = args.run(args)
     return result
