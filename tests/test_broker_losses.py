@@ -199,3 +199,21 @@ def test_draining_a_worker_that_is_gone_gives_it_up() -> None:
     client.send(m.Drain(50, "one"))
     assert client.end(50) == m.DrainReply(50, "one", 0)
     assert not worker.is_registered()
+
+
+def test_a_worker_that_missed_a_heartbeat_gets_new_work_only_when_there_is_no_other() -> None:
+    """It may be dead already, and whoever is sent there now would find out only when its ttl is over."""
+    network = Network()
+    client = network.client()
+    silent, heard = network.worker("silent", slots=8), network.worker("heard", slots=2)
+    for _ in range(2):
+        network.advance(1.0)
+        heard.load()
+    client.generate(1)
+    client.generate(2)
+    assert sorted(task.rid for task in heard.tasks) == [1, 2]
+    client.generate(3)
+    assert [task.rid for task in silent.tasks] == [3]
+    silent.load()
+    client.generate(4)
+    assert [task.rid for task in silent.tasks] == [3, 4]

@@ -6,8 +6,6 @@ from random import Random
 
 import pytest
 
-from bench.simulate import quiet
-from bench.simulation.run import Run
 from zmqserve import messages as m
 from zmqserve.link import ControllerLink
 from zmqserve.messages import Generate
@@ -164,9 +162,3 @@ def test_a_loss_long_after_another_one_has_all_of_the_patience() -> None:
     session.on_disconnected(60.2)
     session.tick(60.2)
     assert second.end is None
-
-
-@pytest.mark.parametrize("seed", [20, 3006, 7161, 7169, 8146, 8386, 8490, 9078])
-def test_seeds_that_failed_once(seed: int) -> None:
-    with quiet():
-        Run(seed).run()

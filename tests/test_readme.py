@@ -35,6 +35,12 @@ def test_the_client_block() -> None:
     assert lines == ["a b c a ba b c a b length 5 w", "hello there", "(2, 384) 3 ['m']"]
 
 
+def test_the_failover_block() -> None:
+    block = next(block for block in BLOCKS if "reply.resumed" in block)
+    with network("w") as (controller, _):
+        assert run(block, controller.clients).splitlines() == ["a b c 0", "a", " b", " c"]
+
+
 def test_the_worker_block() -> None:
     block = next(block for block in BLOCKS if "class Shout" in block)
     assert run(block, "not used").splitlines()[-1] == "MAKE IT LOUD "

@@ -166,6 +166,30 @@ def test_a_worker_that_lived_on_after_it_had_answered_forgives_too() -> None:
     assert isinstance(call.end, WorkerLost)
 
 
+def test_progress_before_a_controller_was_lost_counts_too() -> None:
+    world = pair()
+    call = world.begin(40)
+    world.lost(call, 1)
+    world.go_on(call, RECOVERED_TOKENS)
+    asked(world)
+    world.disconnect()
+    world.welcome("c2")
+    (again,) = asked(world)
+    assert again.attempts == 0
+    world.lost(call, 1)
+    (again,) = asked(world)
+    assert again.attempts == 1
+    world.go_on(call, RECOVERED_TOKENS // 2)
+    world.disconnect()
+    world.welcome("c3")
+    (again,) = asked(world)
+    assert again.attempts == 1
+    world.go_on(call, RECOVERED_TOKENS // 2)
+    world.lost(call, 2, retryable=False)
+    (again,) = asked(world)
+    assert again.attempts == 1
+
+
 def test_progress_forgives_but_not_for_ever() -> None:
     world = pair()
     call = world.begin(40)

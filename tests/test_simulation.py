@@ -25,8 +25,8 @@ from zmqserve.flights import FULL, GONE, SENT
 from zmqserve.relay import Port
 
 REPOSITORY = Path(__file__).parent.parent
-HOURS = 12.0
-"""Simulated, in the test of many runs: about 40 s on one core."""
+HOURS = 9.0
+"""Simulated, in the test of many runs: about half a minute on one core."""
 MOST_RUNS = 200
 """Within so many runs each planted bug must be found."""
 

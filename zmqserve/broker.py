@@ -66,6 +66,7 @@ class Broker:
             send_client=send_client,
             send_worker=send_worker,
             lose=lambda worker, why, now: self.members.lose(worker, why, now),
+            look_after=lambda pool, now: self.members.look_after(pool, now),
             report=report,
             random=random,
         )
@@ -295,7 +296,7 @@ class Broker:
         if head.kind == m.FIRST:
             if not flight.started:
                 flights.started(flight, now)
-            if not flight.told:
+            if flight.open and not flight.told:  # what was fed to its worker then may have found that one gone
                 flights.answer_first(flight, payload, now)
             return
         if head.kind == m.BUSY:

@@ -70,7 +70,7 @@ class Failover:
     def disown(self, now: float, call: Call, error: Failure) -> None:
         """The controller does not know it any more, though it is there itself: send it again, or end it."""
         call.there = False
-        if self._recovery(call).lost_controller(call, now + self._failover_s, its_end := error()):
+        if self._recovery(call).lost_controller(now, call, now + self._failover_s, its_end := error()):
             self._again(now, call)
         else:
             self.end(call, its_end)
@@ -125,7 +125,7 @@ class Failover:
             call.round_ends = 0 if call.sent else self.peer.round_ends(now)
             if call.there:
                 call.there = False
-                if not self._recovery(call).lost_controller(call, until_s, its_end := error()):
+                if not self._recovery(call).lost_controller(now, call, until_s, its_end := error()):
                     self.end(call, its_end)
             elif call.sent:
                 self._recovery(call).until_s = until_s

@@ -45,6 +45,7 @@ class Flights:
         send_client: Callable[[Envelope, bytes], int],
         send_worker: Callable[[bytes, bytes, bytes], int],
         lose: Callable[[Worker, str, float], None],
+        look_after: Callable[[Pool, float], None],
         report: Callable[..., None],
         random: Random,
     ) -> None:
@@ -59,8 +60,10 @@ class Flights:
         self.deadlines = Deadlines(self, report)
         self._homeless: deque[Flight] = deque()
         self._placing = False
+        self._detached: deque[tuple[Client, str]] = deque()
+        self._detaching = False
         self._send_client, self._send_worker = send_client, send_worker
-        self._lose, self._report, self._random = lose, report, random
+        self._lose, self._look_after, self._report, self._random = lose, look_after, report, random
 
     def __repr__(self) -> str:
         return f"Flights({self.running} running, {len(self.clients)} clients)"
@@ -105,16 +108,27 @@ class Flights:
             self.detach(client, now, "slow consumer", error)
 
     def detach(self, client: Client, now: float, why: str, error: ZmqserveError | None = None) -> None:
-        """Let go of a client: its requests are cancelled, with `error` as their end if it is still there to read it."""
+        """Let go of a client: its requests are cancelled, with `error` as their end if it is still there to read it.
+
+        A cancel may find that a worker is gone, and that worker's end that another client is: a loop, so that many are no deep recursion.
+        """
         if client.gone:
             return
         client.gone = True
         self.counters[f"clients: {why}"] += 1
         self.clients.forget(client)
-        for flight in list(client.flights.values()):
+        for flight in client.flights.values():
             if error is not None and not flight.told:
                 self._send_client(client.envelope, error_message(flight.rid, error))
-            self.cancel(flight, now, why)
+        self._detached.append((client, why))
+        if self._detaching:
+            return
+        self._detaching = True
+        while self._detached:
+            client, why = self._detached.popleft()
+            for flight in list(client.flights.values()):
+                self.cancel(flight, now, why)
+        self._detaching = False
 
     # --- admit and dispatch
 
@@ -127,7 +141,7 @@ class Flights:
         """
         flight = Flight(client, header, need, pool, payload, now)
         flight.queued_ms = queued_ms
-        worker = self._pick(flight)
+        worker = self._pick(flight, now)
         if worker is None:
             try:
                 pool.waiting.check(client, len(payload), pool.model, pool.running)
@@ -170,10 +184,15 @@ class Flights:
         """Whether a request that takes a slot would get one at once."""
         return pool.pick(need, self._random) is not None
 
-    def _pick(self, flight: Flight) -> Worker | None:
-        if flight.slotted:
-            return flight.pool.pick(flight.need, self._random, flight.affinity, flight.avoid)
-        return flight.pool.any_usable(flight.need, self._random)
+    def _pick(self, flight: Flight, now: float) -> Worker | None:
+        pool = flight.pool
+        if not flight.slotted:
+            return pool.any_usable(flight.need, self._random)
+        worker = pool.pick(flight.need, self._random, flight.affinity, flight.avoid)
+        if worker is not None and worker.quiet(now):
+            quiet = frozenset(other.name for other in pool.workers.values() if other.quiet(now))
+            worker = pool.pick(flight.need, self._random, flight.affinity, flight.avoid | quiet)
+        return worker
 
     def _dispatch(self, flight: Flight, worker: Worker, now: float) -> None:
         client = flight.client
@@ -211,7 +230,7 @@ class Flights:
             flight = self._homeless.popleft()
             if not flight.open:  # cancelled meanwhile
                 continue
-            worker = self._pick(flight)
+            worker = self._pick(flight, now)
             if worker is not None:
                 self._dispatch(flight, worker, now)
             else:
@@ -219,6 +238,8 @@ class Flights:
         for flight in reversed(waiting):  # each goes to the head: the last of them first, so that they keep their order
             if flight.open and not self._hand_back(flight, now):
                 flight.pool.waiting.push(flight, front=True)
+                if flight.pool.hopeless(flight.need):
+                    self._look_after(flight.pool, now)
         self._placing = False
 
     def _hand_back(self, flight: Flight, now: float) -> bool:
@@ -252,11 +273,11 @@ class Flights:
         """
         worker = self._release(flight)
         self.counters["busy"] += 1
-        if worker.controllers:
-            flight.pool.full.add(worker)
-        else:
+        if not worker.controllers:
             worker.others = max(worker.others, worker.slots - worker.running)
             self.registry.touch(worker)
+        elif worker.identity in flight.pool.workers:  # unless it has left the model meanwhile
+            flight.pool.full.add(worker)
         if flight.ending is not None:
             self.settle_unsent(flight, now, flight.ending)
             return
@@ -322,8 +343,8 @@ class Flights:
             flight.avoid = flight.avoid | {worker.name}
             if flight.cancel_timer is not None:
                 flight.cancel_timer.cancel()
-            if flight.ending is not None:
-                self.settle_unsent(flight, now, flight.ending)
+            if flight.ending is not None or flight.client.gone:
+                self.settle_unsent(flight, now, flight.ending or "client gone")
             elif flight.started or flight.attempts >= self.config.max_attempts:
                 self.settle_unsent(flight, now, "worker_lost", worker_lost(flight, worker.name, why, self.config.max_attempts))
             else:

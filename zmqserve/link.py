@@ -119,7 +119,7 @@ class ControllerLink:
             return inf
         if now - self._asked_s > self._lease.ttl_s / 2:
             # This process was stopped for a while: what the controller said meanwhile is still in the socket.
-            self._lease.heard_s = now
+            self._lease.heard_s = max(self._lease.heard_s, now)
         if now >= self._due_s:
             if self.state == "registered":
                 self._beat(now)
@@ -263,7 +263,9 @@ class ControllerLink:
         else:
             self._unregister("registering")
             self.refusal = refusal
-            self._due_s = inf if self._draining else now + refusal.retry_after_ms / 1000
+            again_s = now + refusal.retry_after_ms / 1000
+            self._due_s = inf if self._draining else again_s
+            self._lease.heard_s = again_s  # it has nothing to say to us before
             self._host.changed(self)
 
     def _reregister(self, now: float, epoch: int) -> None:

@@ -82,7 +82,7 @@ class Membership:
             self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now)),
         ]
         for pool in worker.pools:
-            self._look_after(pool, now)
+            self.look_after(pool, now)
         self._report(
             "worker came", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
         )
@@ -92,7 +92,7 @@ class Membership:
         """It offers something else than before: what runs on it runs on, under the same epoch."""
         left = self.registry.update(worker, ready)
         for pool in (*left, *worker.pools):
-            self._look_after(pool, now)
+            self.look_after(pool, now)
         self._report(
             "worker changed", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
         )
@@ -246,9 +246,9 @@ class Membership:
         self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
         self.flights.give_up_worker(worker, why, now, clean=clean)
         for pool in pools:
-            self._look_after(pool, now)
+            self.look_after(pool, now)
 
-    def _look_after(self, pool: Pool, now: float) -> None:
+    def look_after(self, pool: Pool, now: float) -> None:
         """While nobody can answer what waits in a pool, that waits for a grace time only, and so does a pool without workers."""
 
         def nobody_came(now: float) -> None:
@@ -257,7 +257,7 @@ class Membership:
             if pool.workers:
                 return
             if pool.running:  # on a worker that has left this model and still answers: it may come back here, to wait for another
-                self._look_after(pool, now)
+                self.look_after(pool, now)
             else:
                 self.registry.discard(pool)
 

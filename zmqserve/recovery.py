@@ -78,16 +78,17 @@ class Recovery:
         return f"Recovery(lost {lost}, attempts={self.attempts}, until_s={self.until_s})"
 
     def sending(self, call: Call) -> None:
-        """It is about to be sent again: progress counts from here."""
-        self._seq, self._tokens = call.next_seq, received_tokens(call)
+        """It is about to be sent again."""
+        self._seq = call.next_seq
         self.joined_s = math.inf
 
     def going_on(self, now: float) -> None:
         """A worker gives more of the answer."""
         self.joined_s = min(self.joined_s, now)
 
-    def lost_controller(self, call: Call, until_s: float, error: ZmqserveError) -> bool:
+    def lost_controller(self, now: float, call: Call, until_s: float, error: ZmqserveError) -> bool:
         """Its controller was lost. Whether it goes on at another, for which it may look until `until_s`."""
+        self._forgive(now, call)
         self.until_s = until_s
         if call.next_seq != self._seq:
             self._lost_controllers, self._pauses = 0, None
@@ -99,10 +100,12 @@ class Recovery:
         if isinstance(error, WorkerLost):
             if not self._moves(now, call, error):
                 return None
-        elif not isinstance(error, GoingAway):
+        elif isinstance(error, GoingAway):
+            self._forgive(now, call)
+            if call.next_seq > 0 and not resumable(call):
+                return None
+        else:
             return self._turned_down(now, call, error)
-        elif call.next_seq > 0 and not resumable(call):
-            return None
         self.until_s = now + self._failover_s
         if call.next_seq != self._seq or self._pauses is None:
             self._pauses = Backoff(FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
@@ -114,8 +117,9 @@ class Recovery:
         told = error.data.get("attempts")
         attempts = told if isinstance(told, int) else self.attempts + 1
         lost = max(0, attempts - self.attempts)
-        recovered = received_tokens(call) - self._tokens >= RECOVERED_TOKENS or now - self.joined_s >= RECOVERED_S
+        recovered = self._recovered(now, call)
         self._lost_workers += lost
+        self._tokens = received_tokens(call)
         self.attempts = min(lost, 1) if recovered else attempts
         if call.next_seq > 0 and not resumable(call):
             return False
@@ -124,6 +128,15 @@ class Recovery:
             return False
         # A controller knows nothing of progress. What it refuses for another reason than the count stays refused.
         return error.retryable or (recovered and told is not None)
+
+    def _recovered(self, now: float, call: Call) -> bool:
+        """Whether there was progress since the last worker was lost."""
+        return received_tokens(call) - self._tokens >= RECOVERED_TOKENS or now - self.joined_s >= RECOVERED_S
+
+    def _forgive(self, now: float, call: Call) -> None:
+        """It moves, and no worker died of it: those lost before its progress count no more."""
+        if self._recovered(now, call):
+            self.attempts = 0
 
     def _turned_down(self, now: float, call: Call, error: ZmqserveError) -> float | None:
         # A controller that has just started does not know all its workers yet.

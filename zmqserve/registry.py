@@ -22,6 +22,8 @@ MOST_LIGHT = 64
 """Requests without a slot that a worker gets at once: a flood of them must not fill its pipe, or it would count as dead."""
 
 
+QUIET_SHARE = 0.5
+"""Of its ttl: a worker beats every third of it."""
 TRIAL_ROUNDS = 16
 """About so many turns until all suspects have been tried, however many there are: isolation must not cost more than it saves."""
 
@@ -103,6 +105,10 @@ class Worker:
     def usable(self) -> bool:
         """Whether it may get new work at all."""
         return not self.loading and not self.draining and self.stalled_s is None
+
+    def quiet(self, now: float) -> bool:
+        """Whether it has missed a heartbeat: it may live, but others are the better choice."""
+        return now - self.lease.heard_s > QUIET_SHARE * self.lease.ttl_s
 
     @property
     def free(self) -> int:

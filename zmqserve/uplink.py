@@ -210,13 +210,14 @@ class Uplink:
         header = broker.intake.read(payload)
         if header is None or header.rid != head.rid:
             raise MalformedMessage("not a request that a worker answers, or not the one that its head names")
+        # What is left of them counts: they were spent on the way here as well.
+        header = msgspec.structs.replace(header, deadline_ms=head.deadline_ms, attempts=head.attempts)
         need = broker.intake.need(header)
         if need.slotted and self._not_now(header.model, need, link):
             return False
-        # What is left of them counts: they were spent on the way here as well.
-        header = msgspec.structs.replace(header, deadline_ms=head.deadline_ms, attempts=head.attempts)
         pool = broker.intake.pool(header, need)
-        if need.slotted and not broker.flights.has_room(pool, need):
+        # Where there is room, one that has lost a worker waits here for its trial: BUSY would turn away others of its model as well.
+        if need.slotted and not broker.flights.has_room(pool, need._replace(trial=False)):
             return False
         clients = broker.flights.clients
         envelope = self._envelope(link, head.client)

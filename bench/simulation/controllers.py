@@ -17,8 +17,8 @@ from .node import Node
 from .sockets import DealerSocket
 from .world import World
 
-MOST_SLEEP_S = 0.5
-"""As the real loop, it sleeps no longer than a sixth of its ttl: a longer gap means that the process was stopped."""
+MOST_SLEEP = 1 / 3
+"""Of its ttl. The real loop sleeps less; half of a ttl would mean that the process was stopped."""
 
 
 class ControllerNode(Node):
@@ -56,7 +56,7 @@ class ControllerNode(Node):
         self.uplinks: dict[Uplink, DealerSocket] = {}
         for endpoint in self.parents:
             self._climb(endpoint)
-        self._most_sleep_s = min(MOST_SLEEP_S, config.ttl_s / 6)
+        self._most_sleep_s = MOST_SLEEP * config.ttl_s
 
     def finish(self) -> None:
         self.clients.close(graceful=self._leaving)

@@ -39,6 +39,8 @@ CONDITIONS = frozenset({"poison", "overload", "full pipes", "slow network"})
 
 LONGEST_S = (4.0, 8.0, 20.0)
 """What the longest answer takes at most: one of these."""
+TTLS_S = (2.0, 3.0, 3.0, 6.0)
+"""Of controllers and workers."""
 UTILISATION = 0.4
 """Of the slots for a model, about, so that queues empty again after faults; three times as much where there is overload."""
 
@@ -95,7 +97,7 @@ def draw(seed: int, allowed: Collection[str] = KINDS) -> Scenario:
     models = ("m", "n")[: random.choice((1, 1, 1, 2))]
     config = ControllerConfig(
         dispatch=random.choice(("shortest_queue", "shortest_queue", "lottery")),
-        ttl_s=random.choice((2.0, 3.0, 3.0)),
+        ttl_s=random.choice(TTLS_S),
         stall_s=random.uniform(4.0, 10.0),
         cancel_timeout_s=random.uniform(1.0, 5.0),
         orphan_grace_s=random.uniform(5.0, 10.0),
@@ -160,6 +162,7 @@ def _worker(random: Random, name: str, leaves: list[str], model: str, *, everywh
         name=name,
         controllers=tuple(f"tcp://{leaf}:5571" for leaf in known),
         slots=random.randrange(1, 5),
+        ttl_s=random.choice(TTLS_S),
         speed=random.choice((1.0, 1.0, 2.0)),
         grace_s=random.uniform(1.0, 8.0),
     )
