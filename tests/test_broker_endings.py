@@ -106,6 +106,17 @@ def test_a_deadline_passes_while_the_worker_answers(outcome: str) -> None:
     assert network.ends()[0]["outcome"] == ("deadline" if outcome == "cancelled" else "stop")
 
 
+def test_a_deadline_that_the_worker_finds_passed_first_is_counted_as_one() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1, deadline_ms=1000)
+    worker.task(1).failed(errors.DeadlineExceeded.code)
+    assert client.error(1).code == errors.DeadlineExceeded.code
+    assert network.ends()[0]["outcome"] == "deadline"
+    assert network.counters["ended: deadline"] == 1
+    network.assert_clean()
+
+
 def test_a_deadline_passes_and_then_the_worker_is_lost() -> None:
     network = Network(cancel_timeout_s=60.0)
     client, worker = network.client(), network.worker()

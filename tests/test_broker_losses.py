@@ -75,7 +75,7 @@ def test_what_had_begun_ends_as_worker_lost_to_be_resumed() -> None:
     worker.task(1).first()
     network.advance(3.5)
     error = client.error(1)
-    assert (error.code, error.retryable, error.data) == (errors.WorkerLost.code, True, {"worker": "w", "attempts": 1})
+    assert (error.code, error.retryable, error.data) == (errors.WorkerLost.code, True, {"worker": "w", "attempts": 1, "beside": 0})
     network.advance(11.0)
     network.assert_clean()
     assert "m" not in network.broker.registry.pools
@@ -217,3 +217,41 @@ def test_a_worker_that_missed_a_heartbeat_gets_new_work_only_when_there_is_no_ot
     silent.load()
     client.generate(4)
     assert [task.rid for task in silent.tasks] == [3, 4]
+
+
+def test_hundreds_of_workers_and_clients_that_die_together_take_nobody_with_them() -> None:
+    """Each loss finds the next one out: a worker's that a client is gone, a client's that another worker is."""
+    many = 300
+    network = Network()
+    workers = [network.worker(f"w{number}", slots=2) for number in range(many)]
+    clients = [network.client() for _ in range(many)]
+    for rid in range(2 * many):
+        clients[rid % many].generate(rid + 1)
+    for worker in workers:
+        for task in worker.tasks:
+            task.first()
+    last = network.worker("last", slots=1)
+    survivor = network.client()
+    survivor.generate(1)
+    network.gone |= {worker.identity for worker in workers} | {client.envelope[0] for client in clients}
+    network.broker.members.disconnected(network.now)
+    network.check()
+    assert [seen.name for seen in network.broker.registry] == ["last"]
+    last.task(1).done()
+    network.assert_clean()
+
+
+def test_a_resume_that_comes_back_from_a_controller_below_waits_for_a_grace_time_only() -> None:
+    """Its model has another fingerprint there by now, and nobody else has the one that is needed."""
+    network = Network()
+    below = network.worker("below", card(fingerprint="x"), controllers=["c"])
+    other = network.worker("other", card(fingerprint="z"))
+    client = network.client()
+    client.generate(1, fingerprint="x")
+    below.cards = [card(fingerprint="z")]
+    below.ready(below.epoch)
+    below.task(1).busy()
+    network.check()
+    network.beat_for(network.config.orphan_grace_s + 1.0, below, other)
+    assert client.error(1).code == 50005
+    network.assert_clean()

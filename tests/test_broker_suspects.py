@@ -5,6 +5,7 @@ from __future__ import annotations
 from zmqserve import messages as m
 from zmqserve.registry import TRIAL_ROUNDS
 
+from .fakes.hierarchy import Tree
 from .fakes.network import Network
 from .fakes.scripted import ScriptedWorker
 
@@ -110,3 +111,40 @@ def test_very_many_suspects_are_tried_several_at_a_time() -> None:
     for task in list(worker.tasks):
         task.done()
     network.assert_clean()
+
+
+def test_nothing_comes_after_the_end_of_a_request_whose_worker_died_with_its_first_chunk() -> None:
+    """The trial is over, and the next suspect that is sent there finds the worker gone."""
+    network = Network()
+    worker = network.worker("w", slots=SLOTS)
+    client = network.client()
+    for rid in (1, 2):
+        client.generate(rid, attempts=1)
+    task = worker.task(1)
+    worker.die()
+    task.first()
+    assert client.error(1).code == 50007
+    assert [message for message in client.got if message.rid == 1][1:] == []
+
+
+def test_a_suspect_of_a_parent_waits_for_its_trial_below_and_holds_up_nobody() -> None:
+    tree = Tree()
+    a = tree.node("a")
+    client, lost = a.client(), a.worker("lost")
+    client.generate(2)
+    b = tree.node("b", a)
+    own, worker = b.client(), b.worker(slots=SLOTS)
+    own.generate(1, attempts=1)
+    tree.run()
+    lost.die()
+    tree.run(1.5)
+    assert running(worker) == {1}
+    client.generate(3)
+    tree.run()
+    assert running(worker) == {1, 3}
+    worker.task(1).first()
+    tree.run()
+    assert worker.task(2).head.attempts == 1
+    for rid in (1, 2, 3):
+        worker.task(rid).done()
+    tree.assert_clean()

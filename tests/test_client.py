@@ -700,3 +700,26 @@ def test_a_forgotten_client_leaves_no_thread() -> None:
         gc.collect()
         keeper.join(PATIENCE_S)
         assert not keeper.is_alive()
+
+
+COLLECTED = """
+import gc, zmq
+from zmqserve import Client
+from zmqserve.errors import ControllerUnreachable
+
+made = [zmq.Context()]  # older than all else of the client: the collector comes to it first
+zmq.Context = made.pop
+client = Client("tcp://127.0.0.1:1", connect_timeout_s=0.02)
+try:
+    client.status()
+except ControllerUnreachable:
+    pass
+del client  # its error's traceback refers to it still: that is a cycle
+gc.collect()
+print("collected")
+"""
+
+
+def test_a_client_that_is_left_to_the_garbage_collector_does_not_hang_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert ended.stdout == "collected\n"

@@ -44,7 +44,7 @@ def test_a_worker_lost_after_its_first_chunk_is_told_to_the_client_and_counts_on
     worker.die()
     tree.run(1.2)
     error = client.error(1)
-    assert (error.code, error.retryable, error.data) == (errors.WorkerLost.code, True, {"worker": "w", "attempts": 1})
+    assert (error.code, error.retryable, error.data) == (errors.WorkerLost.code, True, {"worker": "w", "attempts": 1, "beside": 0})
     assert next(iter(a.broker.registry)).name == "b"
     tree.assert_clean()
 
@@ -159,6 +159,16 @@ def test_a_parent_that_restarts_has_its_children_back() -> None:
     assert next(iter(a.broker.registry)).epoch != seen.epoch
     worker.task(1).done()
     tree.assert_clean()
+
+
+def test_a_parent_that_hangs_is_reached_by_a_fresh_connection() -> None:
+    tree = Tree()
+    tree.chain(2)
+    (wire,) = tree.wires()
+    before = wire.identity
+    tree.dead.add("a")
+    tree.run(6.5)
+    assert wire.identity != before
 
 
 def test_a_parent_that_does_not_read_costs_bounded_memory() -> None:

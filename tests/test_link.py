@@ -248,6 +248,19 @@ def test_refused_for_now_tries_again_when_told(host: Host) -> None:
     assert host.take() == [m.READY]
 
 
+def test_a_controller_that_refused_for_now_is_not_silent_meanwhile(host: Host) -> None:
+    host.run(0)
+    host.hear(m.REFUSED, epoch=0, payload=m.encode(m.Refused(40000, "two paths", 10_000)))
+    host.take()
+    host.run(9.9)
+    assert host.events == []
+    assert host.take() == []
+    host.run(0.2)
+    assert host.take() == [m.READY]
+    host.run(3.0)
+    assert "registering silent" in host.events
+
+
 def test_refused_for_good_says_nothing_more(host: Host) -> None:
     host.run(0)
     host.take()

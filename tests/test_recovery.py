@@ -23,7 +23,7 @@ from zmqserve.errors import (
 )
 from zmqserve.params import Guided, SamplingParams
 from zmqserve.peer import State
-from zmqserve.recovery import MOST_LOST_WORKERS, RECOVERED_S, RECOVERED_TOKENS
+from zmqserve.recovery import CROWD, FIRST_PAUSE_S, MOST_LOST_WORKERS, RECOVERED_S, RECOVERED_TOKENS
 
 # --- lost workers ------------------------------------------------------------------------------
 
@@ -164,6 +164,30 @@ def test_a_worker_that_lived_on_after_it_had_answered_forgives_too() -> None:
     world.go_on(call, 1)
     world.lost(call, 2, retryable=False)
     assert isinstance(call.end, WorkerLost)
+
+
+def test_one_of_many_that_had_progress_is_not_suspected() -> None:
+    world = pair()
+    call = world.begin(RECOVERED_TOKENS)
+    asked(world)
+    world.lost(call, 1, beside=CROWD)
+    (again,) = asked(world)
+    assert again.attempts == 0
+    world.lost(call, 1, beside=CROWD)
+    world.pass_s(FIRST_PAUSE_S)
+    (again,) = asked(world)
+    assert again.attempts == 1
+    world.lost(call, 2, retryable=False, beside=CROWD)
+    assert isinstance(call.end, WorkerLost)
+
+
+def test_one_of_few_is_suspected_whatever_its_progress() -> None:
+    world = pair()
+    call = world.begin(RECOVERED_TOKENS)
+    asked(world)
+    world.lost(call, 1, beside=CROWD - 1)
+    (again,) = asked(world)
+    assert again.attempts == 1
 
 
 def test_progress_before_a_controller_was_lost_counts_too() -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from zmqserve.cli import main
-from zmqserve.up import MOST_YOUNG_DEATHS, Replica, exit_with_parent
+from zmqserve.up import MOST_YOUNG_DEATHS, STEADY_S, Replica, exit_with_parent
 
 from .processes import PATIENCE_S, zmqserve
 
@@ -40,6 +40,17 @@ def test_a_worker_that_dies_young_is_given_up_after_some_tries() -> None:
         assert replica.process is not None
         replica.process.wait(PATIENCE_S)
     assert replica.keep_running(now) == 7
+
+
+def test_a_worker_that_ran_steadily_once_is_started_again_whatever_kills_it() -> None:
+    """As prompts do that are asked one after the other."""
+    replica, now = ended(7), time.monotonic() + STEADY_S
+    for _ in range(2 * MOST_YOUNG_DEATHS):
+        assert replica.keep_running(now) is None
+        now += STEADY_S  # the longest wait
+        assert replica.keep_running(now) is None
+        assert replica.process is not None
+        replica.process.wait(PATIENCE_S)
 
 
 def test_a_worker_whose_parent_is_gone_already_leaves_at_once() -> None:

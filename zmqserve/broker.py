@@ -305,7 +305,9 @@ class Broker:
             else:
                 flights.busy(flight, now)
             return
-        outcome, code = head.outcome if head.kind == m.DONE else "failed", head.code
+        outcome, code = head.outcome, head.code
+        if head.kind == m.FAILED:
+            outcome = "deadline" if code == DeadlineExceeded.code else "failed"  # its worker has a clock as well
         if flight.ending is not None and (head.outcome == "cancelled" or flight.client.gone):
             outcome = flight.ending
             if outcome == "deadline":

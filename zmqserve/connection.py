@@ -93,8 +93,7 @@ class Connection:
         self._closed = False
 
     def __del__(self) -> None:
-        # Forgotten without `close`. This must not be left to the garbage collector: it might end the context first, and wait there
-        # for the socket. So nothing that lives longer refers to a connection.
+        # Forgotten without `close`. Nothing that lives longer refers to a connection.
         if not (sys.is_finalizing() or self._closed):
             context = self._shut(0)
             if context is not None:

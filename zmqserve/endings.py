@@ -28,10 +28,10 @@ def slow_consumer(outbox_bytes: int, outbox_total_bytes: int) -> SlowConsumer:
     return SlowConsumer(text, data={"outbox_bytes": outbox_bytes, "outbox_total_bytes": outbox_total_bytes})
 
 
-def worker_lost(flight: Flight, worker: str, why: str, max_attempts: int) -> WorkerLost:
-    """For a request whose worker was given up; not retryable when it is the last that it may lose."""
+def worker_lost(flight: Flight, worker: str, why: str, max_attempts: int, beside: int) -> WorkerLost:
+    """For a request whose worker was given up, with so many others `beside` it; not retryable when it is the last that it may lose."""
     again = flight.attempts < max_attempts
     text = f"worker {worker} was lost ({why})" + ("" if again else f", the {flight.attempts}. one that this request lost: giving it up")
-    error = WorkerLost(text, data={"worker": worker, "attempts": flight.attempts})
+    error = WorkerLost(text, data={"worker": worker, "attempts": flight.attempts, "beside": beside})
     error.retryable = again
     return error

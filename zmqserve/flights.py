@@ -226,14 +226,17 @@ class Flights:
             return
         self._placing = True
         waiting: list[Flight] = []
+        in_vain: set[tuple[Pool, Need]] = set()  # nobody gets room meanwhile, and a pick that finds none looks at all workers
         while self._homeless:
             flight = self._homeless.popleft()
             if not flight.open:  # cancelled meanwhile
                 continue
-            worker = self._pick(flight, now)
+            asked = flight.pool, flight.need
+            worker = self._pick(flight, now) if asked not in in_vain else None
             if worker is not None:
                 self._dispatch(flight, worker, now)
             else:
+                in_vain.add(asked)
                 waiting.append(flight)
         for flight in reversed(waiting):  # each goes to the head: the last of them first, so that they keep their order
             if flight.open and not self._hand_back(flight, now):
@@ -337,7 +340,8 @@ class Flights:
 
         One that left of its own will (`clean`) was not killed by what it ran: that costs no attempt.
         """
-        for flight in list(worker.flights.values()):
+        lost = list(worker.flights.values())
+        for flight in lost:
             self._release(flight)
             flight.attempts += not clean
             flight.avoid = flight.avoid | {worker.name}
@@ -346,7 +350,8 @@ class Flights:
             if flight.ending is not None or flight.client.gone:
                 self.settle_unsent(flight, now, flight.ending or "client gone")
             elif flight.started or flight.attempts >= self.config.max_attempts:
-                self.settle_unsent(flight, now, "worker_lost", worker_lost(flight, worker.name, why, self.config.max_attempts))
+                error = worker_lost(flight, worker.name, why, self.config.max_attempts, len(lost) - 1)
+                self.settle_unsent(flight, now, "worker_lost", error)
             else:
                 self.counters["redispatched"] += 1
                 flight.need = flight.need._replace(trial=flight.slotted and flight.attempts > 0)

@@ -17,6 +17,10 @@ NOBLOCK = int(zmq.NOBLOCK)
 EVENTS = int(zmq.EVENTS)
 POLLIN = int(zmq.POLLIN)
 
+_contexts: set[zmq.Context[zmq.Socket[bytes]]] = set()
+"""Those made here. Who forgets a client leaves it to the garbage collector where an error's traceback still refers to it; that may
+finalize the context first, which then waits forever for sockets that it does not know any more. So it never gets to see one."""
+
 
 class Bell:
     """Wakes a thread that polls: a pipe. Rung and cleared under one lock."""
@@ -75,6 +79,7 @@ class Line:
         """A new socket connects at once, where an old one might be waiting for its next try."""
         if self._context is None:
             self._context = zmq.Context()
+            _contexts.add(self._context)
         self._drop_socket(0)
         self.broken = False
         try:
@@ -135,6 +140,8 @@ class Line:
         self._drop_socket(linger_ms)
         context = self._context if self._owns_context else None
         self._context = None
+        if context is not None:
+            _contexts.discard(context)
         return context
 
     def _drop_socket(self, linger_ms: int) -> None:

@@ -27,6 +27,9 @@ RECOVERED_TOKENS, RECOVERED_S = 16, 0.25
 """Progress that forgives: a worker that gave so many tokens, or went on living for so long after the first, was not killed by the
 request right away. Only losses in a row count as attempts, or a long answer on a network where workers come and go would take itself
 for a poison prompt. Less would not do: a worker may die before it has sent all that it made."""
+CROWD = 8
+"""Where at least so many others were lost with a worker, a request that had progress there is not suspected at all: it is one of many, and
+not one that had just begun. Alone or among few it is, and the loss counts as the first."""
 MOST_LOST_WORKERS = 8
 """After so many lost workers a request ends, whatever its progress."""
 MOST_LOST_CONTROLLERS = 8
@@ -120,7 +123,9 @@ class Recovery:
         recovered = self._recovered(now, call)
         self._lost_workers += lost
         self._tokens = received_tokens(call)
-        self.attempts = min(lost, 1) if recovered else attempts
+        beside = error.data.get("beside", 0)
+        crowd = isinstance(beside, int) and beside >= CROWD
+        self.attempts = attempts if not recovered else 0 if crowd else min(lost, 1)
         if call.next_seq > 0 and not resumable(call):
             return False
         if self._lost_workers >= MOST_LOST_WORKERS:

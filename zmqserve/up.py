@@ -24,7 +24,8 @@ LOOK_S = 0.2
 STEADY_S = 30.0
 """A worker that ran for so long is restarted at once when it dies; one that dies young waits longer each time."""
 MOST_YOUNG_DEATHS = 3
-"""Deaths in a row before it ran steadily that end it all: something is wrong that a restart does not mend."""
+"""Deaths in a row that end it all, of a worker that never ran steadily: something is wrong that a restart does not mend. One that did
+is started again whatever comes, or a few prompts that kill workers would end it all, too."""
 
 
 class Replica:
@@ -36,6 +37,7 @@ class Replica:
         self._environment = environment
         self._backoff = Backoff(1.0, 30.0, Random())
         self._young_deaths = 0
+        self._ran_steadily = False
         self._started_s = 0.0
         self._start_at_s = 0.0
         self.process: subprocess.Popen[bytes] | None = None
@@ -59,8 +61,8 @@ class Replica:
             return 0
         if now - self._started_s >= STEADY_S:
             self._backoff.reset()
-            self._young_deaths = 0
-        self._young_deaths += 1
+            self._ran_steadily = True
+        self._young_deaths += not self._ran_steadily
         if self._young_deaths >= MOST_YOUNG_DEATHS or code == 2:
             return code
         wait_s = self._backoff.next_s()

@@ -27,6 +27,10 @@ AFTERMATH_S = 20.0
 """How long after its end a fault may still show: leases run out, a queue outlives its last worker for `orphan_grace_s`."""
 FAILOVER_S = 10.0
 """How long a session looks for a controller, at least, before it gives up requests that it could move."""
+ORPHAN_GRACE_S = 5.0
+"""How long requests wait for workers to come back, at least (`orphan_grace_s`)."""
+MANY = 8
+"""So many losses in a row end a request although there would be another controller."""
 
 WORKERS = frozenset({"worker", "link", "clock", "controller"})
 """Groups of faults by which workers are lost. To a parent a controller is a worker."""
@@ -95,9 +99,14 @@ def unexplained(ask: Ask, error: Exception, chronicle: Chronicle) -> str:
             patient = ask.plan.resume and not any(cause.group == "clock" for cause in causes)
             if patient and end_s - min(cause.start_s for cause in causes) < FAILOVER_S:
                 return f"it was given up before {FAILOVER_S:g} s had passed"
-            return ""
+            return _there(ask, causes, chronicle) if patient and len(causes) < MANY else ""
         case ControllerUnreachable():
-            return "" if chronicle.during(CONTROLLERS, start_s, end_s) else "all controllers could be reached"
+            return _there(ask, chronicle.during(CONTROLLERS, start_s, end_s), chronicle)
+        case NoWorker() if "model" in error.data and not chronicle.during({"clock"}, start_s, end_s):
+            # Those that waited for workers that had been there; the others found a controller that had just started.
+            causes = chronicle.during(WORKERS, start_s, end_s)
+            early = not causes or end_s - min(cause.start_s for cause in causes) < ORPHAN_GRACE_S
+            return f"it waited less than {ORPHAN_GRACE_S:g} s for workers to come back" if early else ""
         case NoWorker() | UnknownModel() | ModelLoading():
             return "" if chronicle.during(WORKERS, start_s, end_s) else "workers were there all the time"
         case Overloaded():
@@ -109,6 +118,20 @@ def unexplained(ask: Ask, error: Exception, chronicle: Chronicle) -> str:
             return "" if chronicle.during({"controller"}, start_s, end_s) else "no controller went away"
         case _:
             return "no fault leads to this"
+
+
+def _there(ask: Ask, causes: list[Entry], chronicle: Chronicle) -> str:
+    """Which of its controllers the client could have turned to: nothing kept it from that one."""
+    me = ask.client.name
+
+    def kept_from(name: str, cause: Entry) -> bool:
+        if cause.group == "link":
+            return {me, name} <= set(cause.names)
+        return me in cause.names or name in cause.names
+
+    known = [endpoint.removeprefix("tcp://").partition(":")[0] for endpoint in ask.client.endpoints]
+    free = [name for name in known if not any(kept_from(name, cause) for cause in causes)]
+    return f"{' and '.join(free)} could be reached all the time" if free and not chronicle.tight else ""
 
 
 def _deadline(ask: Ask, end_s: float, chronicle: Chronicle) -> str:

@@ -9,12 +9,14 @@ from typing import Any
 
 import msgspec
 
+from zmqserve import failover
 from zmqserve import messages as m
 from zmqserve.backends import echo
 from zmqserve.broker import Broker
 from zmqserve.flights import Flights
 from zmqserve.lane import Gather
 from zmqserve.link import ControllerLink
+from zmqserve.peer import Peer
 from zmqserve.registry import Registry
 from zmqserve.relay import Port
 from zmqserve.workload import Workload
@@ -113,6 +115,16 @@ def _forgotten_text() -> list[Replacement]:
     return [(echo, "reread", reread)]
 
 
+def _one_endpoint() -> list[Replacement]:
+    """A client knows several controllers and turns to the first of them only."""
+
+    class Stubborn(Peer):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, 0 if name == "_at" else value)
+
+    return [(failover, "Peer", Stubborn)]
+
+
 PLANTS: dict[str, Callable[[], list[Replacement]]] = {
     "dropped chunk": _dropped_chunk,
     "doubled chunk": _doubled_chunk,
@@ -120,6 +132,7 @@ PLANTS: dict[str, Callable[[], list[Replacement]]] = {
     "lost by busy": _lost_by_busy,
     "no epochs": _no_epochs,
     "forgotten text": _forgotten_text,
+    "one endpoint": _one_endpoint,
 }
 
 

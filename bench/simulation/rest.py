@@ -34,6 +34,7 @@ def _controller(node: ControllerNode) -> dict[str, object]:
         "flights on workers": [flight for worker in workers for flight in worker.flights.values()],
         "slots in use": {worker.name: (worker.running, worker.others) for worker in workers if worker.running or worker.others},
         "unusable workers": [worker for worker in workers if not worker.usable],
+        "workers not heard lately": [worker for worker in workers if worker.quiet(node.clock_s)],
         "waiting requests": sum(len(pool.waiting) for pool in broker.registry.pools.values()),
         "waiting bytes": sum(pool.waiting.bytes for pool in broker.registry.pools.values()),
         "running by model": {name: pool.running for name, pool in broker.registry.pools.items() if pool.running},

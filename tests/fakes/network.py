@@ -186,6 +186,7 @@ class Network:
         assert worker.running == slotted
         assert 0 <= slotted <= self._most_slots(worker)
         assert worker.others >= 0
+        assert worker.trials == sum(flight.on_trial for flight in worker.flights.values())
         assert self.broker.registry.by_name[worker.name] is worker
         for (number, rid), flight in worker.flights.items():
             assert flight.worker is worker

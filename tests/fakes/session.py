@@ -75,9 +75,9 @@ class World:
             piece = chunk(call.rid, seq)
             self.hear(m.FirstChunk(call.rid, seq, 0, piece.text, piece.token_ids, None, fingerprint) if seq == first else piece)
 
-    def lost(self, call: Call, attempts: int | None = 1, *, retryable: bool = True) -> None:
-        """The controller says that its worker was lost."""
-        data: dict[str, m.Scalar] = {} if attempts is None else {"attempts": attempts}
+    def lost(self, call: Call, attempts: int | None = 1, *, retryable: bool = True, beside: int = 0) -> None:
+        """The controller says that its worker was lost, with so many other requests."""
+        data: dict[str, m.Scalar] = {} if attempts is None else {"attempts": attempts, "beside": beside}
         self.hear(m.Error(call.rid, WorkerLost.code, "worker w was lost", retryable, data=data))
 
     def disconnect(self) -> None:
