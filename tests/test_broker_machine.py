@@ -81,15 +81,15 @@ class BrokerMachine(RuleBasedStateMachine):
 
     def count_untold(self) -> None:
         """A client that is let go of because nobody is there is not told of the ends of what it has open."""
-        flights = self.network.broker.flights
-        detach = flights.detach
+        delivery = self.network.broker.flights.delivery
+        detach = delivery.detach
 
         def counting(client: Client, now: float, why: str, error: ZmqserveError | None = None) -> None:
             if error is None and not client.gone:
-                self.untold.update(client.flights.keys())
+                self.untold.update(rid for rid, flight in client.flights.items() if not flight.told)
             detach(client, now, why, error)
 
-        flights.detach = counting  # type: ignore[method-assign]
+        delivery.detach = counting  # type: ignore[method-assign]
 
     def connect(self, *envelope: bytes) -> ScriptedClient:
         client = self.network.client(*envelope)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import zmq
 
 from zmqserve import messages as m
+from zmqserve.delivery import FULL, GONE, SENT
 from zmqserve.errors import SlowConsumer
-from zmqserve.flights import FULL, GONE, SENT
 from zmqserve.shedding import dropped_ends
 
 from .fakes.rig import PATIENCE_MS, Peer, Rig

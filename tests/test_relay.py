@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from zmqserve import messages as m
-from zmqserve.flights import GONE, SENT
+from zmqserve.delivery import GONE, SENT
 from zmqserve.relay import MAX_ENVELOPE
 
 from .fakes.rig import PATIENCE_MS, Rig

@@ -21,7 +21,7 @@ from bench.simulation.run import Run
 from bench.simulation.scenario import KINDS
 from bench.simulation.sockets import DealerSocket, RouterSocket
 from bench.simulation.world import World
-from zmqserve.flights import FULL, GONE, SENT
+from zmqserve.delivery import FULL, GONE, SENT
 from zmqserve.relay import Port
 
 REPOSITORY = Path(__file__).parent.parent

@@ -14,6 +14,7 @@ import msgspec
 
 from . import messages as m
 from .config import ControllerConfig
+from .delivery import SENT
 from .dispatch import POLICIES, Policy
 from .endings import error_message
 from .errors import (
@@ -26,7 +27,7 @@ from .errors import (
     ZmqserveError,
 )
 from .flight import Envelope, Flight
-from .flights import SENT, Flights
+from .flights import Flights
 from .intake import Intake
 from .liveness import Agenda, Lease
 from .membership import Membership
@@ -251,7 +252,7 @@ class Broker:
             if route is None or route.told == route.flights:
                 self.counters["dropped: no open flight"] += 1
             else:
-                self.flights.answer(route.client, payload, now)
+                self.flights.delivery.chunks(route.client, payload, now)
         elif head.kind in (m.FIRST, m.DONE, m.FAILED, m.BUSY):
             flight = worker.flights.get((head.client, head.rid))
             if flight is None:
@@ -277,7 +278,7 @@ class Broker:
         clients = list(self.flights.clients.values())
         for client in clients:
             self._send_client(client.envelope, m.encode(m.GoAway("the controller is shutting down")))
-            self.flights.detach(client, now, "shut down", GoingAway("the controller is shutting down", retry_after_ms=1000))
+            self.flights.delivery.detach(client, now, "shut down", GoingAway("the controller is shutting down", retry_after_ms=1000))
         return bool(clients or self.uplinks)
 
     def _ready(self, now: float, identity: bytes, worker: Worker | None, number: int, payload: bytes, certain: bool) -> None:
@@ -297,7 +298,7 @@ class Broker:
             if not flight.started:
                 flights.started(flight, now)
             if flight.open and not flight.told:  # what was fed to its worker then may have found that one gone
-                flights.answer_first(flight, payload, now)
+                flights.delivery.first(flight, payload, now)
             return
         if head.kind == m.BUSY:
             if flight.started or not flight.slotted:

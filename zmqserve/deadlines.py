@@ -60,9 +60,9 @@ class Deadlines:
         client.timer = None
         if client.lease is not None:
             if client.lease.expired(now) and not all(flight.told for flight in client.flights.values()):
-                flights.detach(client, now, "client silent")
+                flights.delivery.detach(client, now, "client silent")
                 if not flights.clients.behind(client.envelope[0]):
-                    flights.drop_outbox(client.envelope[0])
+                    flights.delivery.drop_outbox(client.envelope[0])
                 return
         else:
             for flight in list(client.flights.values()):
@@ -94,6 +94,6 @@ class Deadlines:
             flight.route.identity = b""  # from here on it is asked for each message whether somebody waits for it
         if flight.ending == "deadline":
             late = too_late()
-            self.flights.answer_last(flight, error_message(flight.rid, late), now, "deadline", late.code, (0, 0))
+            self.flights.delivery.last(flight, error_message(flight.rid, late), now, "deadline", late.code, (0, 0))
         else:
-            self.flights.answer_last(flight, cancelled_message(flight.rid), now, "cancelled", 0, (0, 0))
+            self.flights.delivery.last(flight, cancelled_message(flight.rid), now, "cancelled", 0, (0, 0))

@@ -12,19 +12,15 @@ from collections.abc import Callable
 from random import Random
 
 from . import messages as m
-from .clients import Clients
 from .config import ControllerConfig
 from .deadlines import Deadlines
-from .endings import cancelled_message, error_message, slow_consumer, too_late, worker_lost
+from .delivery import FULL, GONE, SENT, Delivery
+from .endings import cancelled_message, error_message, too_late, worker_lost
 from .errors import NoWorker, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
 from .liveness import Agenda
 from .registry import Need, Pool, Registry, Worker
-from .shedding import dropped_ends
 from .waiting import Rank
-
-SENT, GONE, FULL = range(3)
-"""What a send says: it is on its way; nobody is there any more; the peer does not read and its outbox is at its limit."""
 
 OUTCOMES = frozenset(
     {"ok", "stop", "length", "cancelled", "failed", "deadline", "worker_lost", "no_worker"}
@@ -52,83 +48,19 @@ class Flights:
         self.config = config
         self.registry = registry
         self.agenda = agenda
-        self.clients = Clients()
         self.routes: dict[bytes, Route] = {}
         self.counters: Counter[str] = Counter()
         self.running = 0
-        self.drop_outbox: Callable[[bytes], list[tuple[bytes, ...]]] = lambda _: []
+        self.delivery = Delivery(config, self.counters, send_client=send_client, cancel=self.cancel)
+        self.clients = self.delivery.clients
         self.deadlines = Deadlines(self, report)
         self._homeless: deque[Flight] = deque()
         self._placing = False
-        self._detached: deque[tuple[Client, str]] = deque()
-        self._detaching = False
-        self._send_client, self._send_worker = send_client, send_worker
+        self._send_worker = send_worker
         self._lose, self._look_after, self._report, self._random = lose, look_after, report, random
 
     def __repr__(self) -> str:
         return f"Flights({self.running} running, {len(self.clients)} clients)"
-
-    # --- towards the client
-
-    def answer(self, client: Client, payload: bytes, now: float) -> None:
-        """Send chunks to the client, unless it is gone; learn here that it is."""
-        if client.gone:
-            return
-        if client.above is not None:
-            client.above.more(payload, now)
-            return
-        status = self._send_client(client.envelope, payload)
-        if status != SENT:
-            self.connection_failed(client.envelope[0], status, now)
-
-    def answer_first(self, flight: Flight, payload: bytes, now: float) -> None:
-        """Send its first chunk."""
-        if flight.client.above is None:
-            self.answer(flight.client, payload, now)
-        elif not flight.client.gone:
-            flight.client.above.first(flight.rid, payload, now)
-
-    def answer_last(self, flight: Flight, payload: bytes, now: float, outcome: str, code: int, tokens: tuple[int, int]) -> None:
-        """Send what ends it."""
-        if flight.client.above is None:
-            self.answer(flight.client, payload, now)
-        elif not flight.client.gone:
-            flight.client.above.end(flight.rid, payload, now, outcome, code, tokens)
-
-    def connection_failed(self, connection: bytes, status: int, now: float) -> None:
-        """A send to this connection was GONE or FULL: let go of every client behind it, and of what waits for one that is FULL."""
-        if status != FULL:
-            for client in self.clients.behind(connection):
-                self.detach(client, now, "client gone")
-            return
-        error = slow_consumer(self.config.outbox_bytes, self.config.outbox_total_bytes)
-        for envelope, rid in dropped_ends(self.drop_outbox(connection)):
-            self._send_client(envelope, error_message(rid, error))
-        for client in self.clients.behind(connection):
-            self.detach(client, now, "slow consumer", error)
-
-    def detach(self, client: Client, now: float, why: str, error: ZmqserveError | None = None) -> None:
-        """Let go of a client: its requests are cancelled, with `error` as their end if it is still there to read it.
-
-        A cancel may find that a worker is gone, and that worker's end that another client is: a loop, so that many are no deep recursion.
-        """
-        if client.gone:
-            return
-        client.gone = True
-        self.counters[f"clients: {why}"] += 1
-        self.clients.forget(client)
-        for flight in client.flights.values():
-            if error is not None and not flight.told:
-                self._send_client(client.envelope, error_message(flight.rid, error))
-        self._detached.append((client, why))
-        if self._detaching:
-            return
-        self._detaching = True
-        while self._detached:
-            client, why = self._detached.popleft()
-            for flight in list(client.flights.values()):
-                self.cancel(flight, now, why)
-        self._detaching = False
 
     # --- admit and dispatch
 
@@ -294,7 +226,7 @@ class Flights:
             flight.pool.waiting.rate.served(now - flight.dispatched_s)
         self._close(flight)
         if not flight.told:
-            self.answer_last(flight, last, now, outcome, code, tokens)
+            self.delivery.last(flight, last, now, outcome, code, tokens)
         self._forget_idle(flight.client)
         self.counters[f"ended: {outcome if outcome in OUTCOMES else 'other'}"] += 1
         waited_until = flight.dispatched_s if worker is not None else now

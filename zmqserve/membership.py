@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from . import messages as m
 from .config import ControllerConfig
+from .delivery import GONE, SENT
 from .errors import MalformedMessage, ProtocolMismatch, RequestError, ZmqserveError
-from .flights import GONE, SENT, Flights
+from .flights import Flights
 from .liveness import BEATS_PER_TTL, Agenda, Timer
 from .registry import Pool, Registry, Worker
 

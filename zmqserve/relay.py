@@ -18,7 +18,7 @@ import zmq
 
 from . import messages as m
 from .broker import Broker
-from .flights import FULL, GONE, SENT
+from .delivery import FULL, GONE, SENT
 from .sockets import NOBLOCK, SNDMORE, raw_calls
 
 MAX_ENVELOPE = 16
@@ -147,7 +147,7 @@ class Relay:
         self.clients, self.workers = clients, workers
         self._heads = msgspec.msgpack.Decoder(m.WorkerHead)
         self._unsure: tuple[bytes, bytes] | None = None
-        broker.flights.drop_outbox = clients.drop
+        broker.flights.delivery.drop_outbox = clients.drop
 
     def __repr__(self) -> str:
         return f"Relay({self.clients!r}, {self.workers!r})"
@@ -184,14 +184,14 @@ class Relay:
                 continue
             envelope = client.envelope
             if outboxes or len(envelope) > 1:
-                flights.answer(client, payload, now)
+                flights.delivery.chunks(client, payload, now)
                 self._relieve(now)
                 continue
             try:
                 send(envelope[0], SNDMORE)
                 send(payload, NOBLOCK)
             except zmq.ZMQError:
-                flights.answer(client, payload, now)
+                flights.delivery.chunks(client, payload, now)
         self._unsure = unsure
 
     def _slow(self, now: float, unsure: tuple[bytes, bytes] | None, frames: list[bytes]) -> None:
@@ -276,13 +276,13 @@ class Relay:
         """While more waits for all clients than may, the one for whom the most waits is treated as one that does not read."""
         while (identity := self.clients.largest) is not None:
             self.broker.counters["outboxes over their total"] += 1
-            self.broker.flights.connection_failed(identity, FULL, now)
+            self.broker.flights.delivery.connection_failed(identity, FULL, now)
 
     def flush(self, now: float) -> None:
         """Try again what waits in outboxes, and tell the broker who is gone."""
         self._relieve(now)
         for identity in self.clients.flush(now) if self.clients.outboxes else ():
-            self.broker.flights.connection_failed(identity, GONE, now)
+            self.broker.flights.delivery.connection_failed(identity, GONE, now)
         for identity in self.workers.flush(now) if self.workers.outboxes else ():
             worker = self.broker.registry.workers.get(identity)
             if worker is not None:

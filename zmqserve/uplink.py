@@ -252,7 +252,7 @@ class Uplink:
     def abort(self, link: ControllerLink) -> None:  # noqa: ARG002 - there is one
         """As LinkHost says."""
         for client in self._clients():
-            self._broker.flights.detach(client, self.now, "parent gone")
+            self._broker.flights.delivery.detach(client, self.now, "parent gone")
 
     def drain(self, grace_s: float | None) -> None:
         """As LinkHost says: this parent only is left, when its requests have ended or after `grace_s`."""

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from zmqserve import messages as m
-from zmqserve.flights import GONE, SENT
+from zmqserve.delivery import GONE, SENT
 from zmqserve.link import ControllerLink
 from zmqserve.registry import Worker
 from zmqserve.uplink import Uplink

@@ -12,8 +12,8 @@ from typing import Any
 from zmqserve import messages as m
 from zmqserve.broker import Broker
 from zmqserve.config import ControllerConfig
+from zmqserve.delivery import FULL, GONE, SENT
 from zmqserve.flight import Envelope, Flight
-from zmqserve.flights import FULL, GONE, SENT
 from zmqserve.registry import Worker
 
 from .scripted import ScriptedClient, ScriptedWorker
