@@ -167,7 +167,7 @@ def test_close_during_a_failover_ends_everything() -> None:
         stream = client.generate("m", PROMPT)
         next(stream)
         controller.end(signal.SIGKILL)
-        waiting: list[Future[Any]] = [pool.submit(stream.text), pool.submit(client.generate, "m", PROMPT)]
+        waiting: list[Future[Any]] = [pool.submit(stream.text), pool.submit(lambda: client.generate("m", PROMPT).text())]
         eventually(lambda: len(client._connection._session.calls) == 2, PATIENCE_S, "both wait for a controller")
         client.close()
         for ended in waiting:
