@@ -76,7 +76,7 @@ class WorkerConfig:
             ("slots", self.slots is None or 1 <= self.slots <= MAX_SLOTS, f"an integer from 1 to {MAX_SLOTS}"),
             ("speed", 0 < self.speed <= MAX_SPEED, "above 0"),
             ("ttl_s", 0.01 <= self.ttl_s <= 1e6, "at least 0.01"),
-            ("grace_s", self.grace_s >= 0, "0 or more"),
+            ("grace_s", 0 <= self.grace_s <= 1e7, "from 0 to 1e7"),
             ("outbox_bytes", self.outbox_bytes >= 1, "1 or more"),
         ):
             if not good:
