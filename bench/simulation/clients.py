@@ -32,6 +32,7 @@ class ClientNode(Node):
         habits: Habits,
         models: Sequence[str],
         buffer_bytes: int = 16 * 2**20,
+        connect_timeout_s: float = 0.75,
         lag_s: float = 0.0,
     ) -> None:
         super().__init__(world, network, name, lag_s=lag_s)
@@ -43,12 +44,20 @@ class ClientNode(Node):
         self.reads = True
         self.open: dict[Ask, None] = {}
         self._buffer_bytes = buffer_bytes
+        self._connect_timeout_s = connect_timeout_s
         self._ready: list[Ask] = []
         self._next_s = inf
 
     def begin(self) -> None:
         self._dealer: DealerSocket | None = None
-        self.session = Session(self, self.endpoints, name=self.name, buffer_bytes=self._buffer_bytes, random=self.random)
+        self.session = Session(
+            self,
+            self.endpoints,
+            name=self.name,
+            connect_timeout_s=self._connect_timeout_s,
+            buffer_bytes=self._buffer_bytes,
+            random=self.random,
+        )
         self._ready.clear()
         self._next_s = self.clock_s + self.random.expovariate(1 / self.habits.gap_s)
 

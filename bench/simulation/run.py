@@ -28,6 +28,8 @@ QUIET_S = 120.0
 """Within so long after the last fault every request has ended ..."""
 REST_S = 15.0
 """... and so long after that nothing is in use anywhere, and all are registered."""
+PROBE_CONNECT_S = 5.0
+"""A slow network stays slow when all else has healed: a greeting may take longer there than clients usually wait."""
 PROBE_S = 40.0
 """What one more request through each controller may take then."""
 
@@ -90,7 +92,7 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({self.scenario!r}, {self.world!r})"
 
-    def _client(self, name: str, known: Collection[str], scenario: Scenario) -> ClientNode:
+    def _client(self, name: str, known: Collection[str], scenario: Scenario, *, connect_timeout_s: float = 0.75) -> ClientNode:
         endpoints = [f"tcp://{controller}:5570" for controller in known]
         return ClientNode(
             self.world,
@@ -101,6 +103,7 @@ class Run:
             habits=scenario.habits,
             models=scenario.models,
             buffer_bytes=scenario.buffer_bytes,
+            connect_timeout_s=connect_timeout_s,
             lag_s=scenario.lag_s,
         )
 
@@ -148,7 +151,7 @@ class Run:
         """A new request through each controller."""
         probes: list[tuple[Ask, ClientNode]] = []
         for controller in self.controllers:
-            client = self._client(f"probe of {controller.name}", [controller.name], self.scenario)
+            client = self._client(f"probe of {controller.name}", [controller.name], self.scenario, connect_timeout_s=PROBE_CONNECT_S)
             client.asks = False
             client.start()
             for place, model in enumerate(self.scenario.models):
