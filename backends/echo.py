@@ -139,15 +139,8 @@ class EchoWorker(BaseModelWorker):
             if job.congested:
                 continue
             idle = False
-            try:
-                for delta in (deltas := next(steps)):
-                    job.emit(delta)
-                if deltas[-1].finish_reason is None:
-                    continue
-                job.finish()
-            except Exception as error:  # noqa: BLE001 - it belongs to this job
-                job.fail(error)
-            del self._running[job]
+            if not take_step(job, steps):
+                del self._running[job]
         self._scheduled = bool(self._running)
         loop = asyncio.get_running_loop()
         if idle and self._running:
@@ -227,6 +220,19 @@ class EchoWorker(BaseModelWorker):
         if self.context_length and tokens > self.context_length:
             text = f"the request needs {tokens} tokens, the model's context has {self.context_length}"
             raise ContextOverflow(text, data={"context_length": self.context_length, "tokens": tokens})
+
+
+def take_step(job: Job, steps: Iterator[Sequence[Delta]]) -> bool:
+    """Make the job's next token; returns whether it goes on. What goes wrong is the job's end."""
+    try:
+        for delta in (deltas := next(steps)):
+            job.emit(delta)
+        if deltas[-1].finish_reason is None:
+            return True
+        job.finish()
+    except Exception as error:  # noqa: BLE001 - it belongs to this job
+        job.fail(error)
+    return False
 
 
 def _words(request: Generate | CountTokens) -> list[str]:

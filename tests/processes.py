@@ -133,6 +133,11 @@ def eventually(check: Callable[[], bool], within_s: float, what: str) -> float:
     return time.monotonic() - began
 
 
+def deaths(processes: Iterable[Served]) -> int:
+    """How many have ended; a moment after their connections broke, so wait for it with `eventually`."""
+    return sum(served.process.poll() is not None for served in processes)
+
+
 def zmqserve(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     command = [sys.executable, "-m", "zmqserve", *arguments]

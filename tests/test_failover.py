@@ -18,7 +18,7 @@ from zmqserve import errors
 from zmqserve.client import Client
 from zmqserve.stream import Stream
 
-from .processes import CAME, PATIENCE_S, ServedController, eventually, network
+from .processes import CAME, PATIENCE_S, ServedController, deaths, eventually, network
 
 SLOW = ("--delay-per-token", "0.01")
 PROMPT = "one two three four five six seven"
@@ -224,9 +224,9 @@ def test_a_request_that_kills_workers_stops_after_two() -> None:
         with pytest.raises(errors.WorkerLost) as caught:
             client.generate("m", prompt, stream=False, max_tokens=50)
         assert not caught.value.retryable
-        died = [worker for worker in workers.values() if worker.process.poll() is not None]
-        assert len(died) == 2
+        eventually(lambda: deaths(workers.values()) >= 2, 5, "both processes at an end")
         assert client.generate("m", "still there", stream=False, max_tokens=2).text == "still there"
+        assert deaths(workers.values()) == 2
 
 
 def test_retries_wait_for_a_full_queue(tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 from zmqserve import Client, Controller, DeadlineExceeded, WorkerLost
 from zmqserve.errors import InvalidEndpoint, InvalidParameter
 
-from .processes import Served, ServedController, eventually
+from .processes import Served, ServedController, deaths, eventually
 
 WORDS = "one two three four five six seven"
 
@@ -168,9 +168,9 @@ def test_a_poison_prompt_kills_two_workers_in_all(tree: Tree) -> None:
         with pytest.raises(WorkerLost) as caught:
             client.generate("m", "a b !die", stream=False)
         assert caught.value.retryable is False
-        dead = [name for name, worker in tree.workers.items() if worker.process.poll() is not None]
-        assert len(dead) == 2
+        eventually(lambda: deaths(tree.workers.values()) >= 2, 5, "both processes at an end")
         assert client.generate("m", WORDS, max_tokens=2, stream=False).text == text_of(2)
+        assert deaths(tree.workers.values()) == 2
 
 
 def test_two_parents_share_a_child_without_overbooking_it(tree: Tree) -> None:

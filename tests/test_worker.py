@@ -236,18 +236,24 @@ def test_two_controllers_share_its_slots_and_hear_of_each_other_at_once(controll
         assert other.expect(m.FIRST).head.rid == 3
 
 
-def test_draining_finishes_what_runs_and_says_goodbye(controller: FakeController) -> None:
-    gates: list[Callable[[], object]] = []
+def gated(gates: list[Callable[[], object]], *last: Delta) -> Callable[[GenerateJob], AsyncIterator[Delta]]:
+    """A script that says one word and goes on to the `last` when its gate, which it adds to `gates`, is opened."""
 
-    async def gated(job: GenerateJob) -> AsyncIterator[Delta]:
+    async def script(job: GenerateJob) -> AsyncIterator[Delta]:
         gate = asyncio.Event()
         loop = asyncio.get_running_loop()
         gates.append(lambda: loop.call_soon_threadsafe(gate.set))
         yield Delta("first")
         await gate.wait()
-        yield Delta("last")
+        for delta in last:
+            yield delta
 
-    worker = ScriptWorker(config(controller), gated)
+    return script
+
+
+def test_draining_finishes_what_runs_and_says_goodbye(controller: FakeController) -> None:
+    gates: list[Callable[[], object]] = []
+    worker = ScriptWorker(config(controller), gated(gates, Delta("last")))
     with serving(worker, controller):
         controller.request(generate(1))
         controller.expect(m.FIRST)
@@ -285,15 +291,7 @@ def test_draining_does_not_wait_for_a_controller_that_is_not_there(
 ) -> None:
     lines = _recorded(monkeypatch, "zmqserve.workload.log")
     gates: list[Callable[[], object]] = []
-
-    async def gated(job: GenerateJob) -> AsyncIterator[Delta]:
-        gate = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        gates.append(lambda: loop.call_soon_threadsafe(gate.set))
-        yield Delta("first")
-        await gate.wait()
-
-    worker = ScriptWorker(config(controller, grace_s=60.0), gated)
+    worker = ScriptWorker(config(controller, grace_s=60.0), gated(gates))
     worker.start()
     try:
         controller.register(ttl_ms=1000)

@@ -154,7 +154,6 @@ class Broker:
             if known.lease is not None:
                 known.lease.heard_s = now
         pool = self.intake.pool(header, need)
-        self.counters["requests"] += 1
         self.flights.admit(known or self.flights.clients.of(envelope), header, need, pool, payload, now)
 
     def _control(self, now: float, envelope: Envelope, message: object) -> None:

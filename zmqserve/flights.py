@@ -71,6 +71,7 @@ class Flights:
 
         Raises Overloaded when it can do neither.
         """
+        self.counters["requests"] += 1
         flight = Flight(client, header, need, pool, payload, now)
         flight.queued_ms = queued_ms
         worker = self._pick(flight, now)
@@ -86,9 +87,9 @@ class Flights:
         if client.timer is None:
             self.deadlines.watch(client, now)
         if worker is None:
-            before = pool.trials_at_once
+            before = pool.trials_at_once if need.trial else 0
             pool.waiting.push(flight)
-            if pool.trials_at_once > before:
+            if need.trial and pool.trials_at_once > before:
                 for member in list(pool.workers.values()):
                     self.feed(member, now)
         else:

@@ -176,6 +176,9 @@ class Membership:
 
     def _beat(self, worker: Worker, now: float) -> None:
         worker.timers[0] = self.agenda.at(now + self._beat_s, lambda now: self._beat(worker, now))
+        self._send_beat(worker, now)
+
+    def _send_beat(self, worker: Worker, now: float) -> None:
         if self._send_worker(worker.identity, m.encode(m.ControllerHead(m.BEAT, worker.epoch)), b"") != SENT:
             self.lose(worker, "connection lost", now)
 
@@ -193,8 +196,7 @@ class Membership:
         self._probes -= 1
         self._probe_timer = self.agenda.at(now + PROBE_S, self._probe)
         for worker in list(self.registry):
-            if self._send_worker(worker.identity, m.encode(m.ControllerHead(m.BEAT, worker.epoch)), b"") != SENT:
-                self.lose(worker, "connection lost", now)
+            self._send_beat(worker, now)
 
     def _check_lease(self, worker: Worker, now: float) -> None:
         if worker.lease.expired(now):

@@ -228,7 +228,6 @@ class Uplink:
             client = clients.of(envelope)
             client.above = Upward(self, link.epoch, head.client)
             client.lease = Lease(inf, self.now)  # its own controller watches it
-        broker.counters["requests"] += 1
         broker.flights.admit(client, header, need, pool, payload, self.now, head.queue_ms)
         return True
 

@@ -14,7 +14,7 @@ from zmqserve.uplink import Uplink
 
 from .network import Network
 from .node import Node
-from .sockets import DealerSocket
+from .sockets import DealerSocket, serve_link
 from .world import World
 
 MOST_SLEEP = 1 / 3
@@ -92,15 +92,8 @@ class ControllerNode(Node):
 
     def _from_parents(self, now: float) -> None:
         for uplink in self.uplinks:
-            dealer, link = self.uplinks[uplink], uplink.link
             uplink.now = now
-            broke, dealer.broke = dealer.broke, 0
-            while dealer.inbox and not dealer.closed:
-                link.received(now, *dealer.recv())
-            if link.blocked and self.uplinks[uplink].writable:
-                link.writable(now)
-            if broke and self.uplinks[uplink] is dealer:
-                link.disconnected(now)
+            serve_link(uplink.link, self.uplinks, uplink, now)
 
     def turn(self, now: float) -> float:
         relay = self.relay

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import zmq
 
 from .connection import Connection, Frames, Pipe
 
 if TYPE_CHECKING:
+    from zmqserve.link import ControllerLink
+
     from .network import Network
+
+K = TypeVar("K")
 
 MORE_FLAG = int(zmq.SNDMORE)
 RECONNECT_FIRST_S, RECONNECT_MOST_S = 0.1, 1.0
@@ -185,3 +190,15 @@ class DealerSocket:
         self._again_s = RECONNECT_FIRST_S
         self.connection = connection
         self.host.stir()
+
+
+def serve_link(link: ControllerLink, dealers: Mapping[K, DealerSocket], key: K, now: float) -> None:
+    """Give a link what its DEALER has: its messages, that it takes some again, that it broke. The link may replace it meanwhile."""
+    dealer = dealers[key]
+    broke, dealer.broke = dealer.broke, 0
+    while dealer.inbox and not dealer.closed:
+        link.received(now, *dealer.recv())
+    if link.blocked and dealers[key].writable:
+        link.writable(now)
+    if broke and dealers[key] is dealer:
+        link.disconnected(now)

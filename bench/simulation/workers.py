@@ -10,7 +10,7 @@ from typing import Any
 
 from zmqserve.admission import by_name
 from zmqserve.answers import Answer, Job
-from zmqserve.backends.echo import EchoWorker
+from zmqserve.backends.echo import EchoWorker, take_step
 from zmqserve.desk import Desk
 from zmqserve.jobs import Delta, Vectors
 from zmqserve.lane import Lane
@@ -23,7 +23,7 @@ from .answers import DIMENSIONS, words_of
 from .load import POISON
 from .network import Network
 from .node import Node
-from .sockets import DealerSocket
+from .sockets import DealerSocket, serve_link
 from .tasks import Task, Timer, sleep
 from .world import World
 
@@ -154,14 +154,7 @@ class WorkerNode(Node):
         for _ in range(min(FRAMES, len(self._frames))):
             workload.pass_on(*self._frames.popleft())
         for link in list(self.dealers):
-            dealer = self.dealers[link]
-            broke, dealer.broke = dealer.broke, 0
-            while dealer.inbox and not dealer.closed:
-                link.received(now, *dealer.recv())
-            if link.blocked and self.dealers[link].writable:
-                link.writable(now)
-            if broke and self.dealers[link] is dealer:
-                link.disconnected(now)
+            serve_link(link, self.dealers, link, now)
         if workload.finished(now, len(self._frames)):
             self._end()
             return inf
@@ -253,15 +246,8 @@ class WorkerNode(Node):
                 self.kill()
                 self.on_poison(self)
                 return
-            try:
-                for delta in (deltas := next(steps)):
-                    job.emit(delta)
-                if deltas[-1].finish_reason is None:
-                    continue
-                job.finish()
-            except Exception as error:  # noqa: BLE001 - it belongs to this job
-                job.fail(error)
-            self.jobs.pop(job, None)
+            if not take_step(job, steps):
+                self.jobs.pop(job, None)
         self._stepping = bool(self.jobs)
         if self._stepping:
             self.soon(self.token_s, self._step)
