@@ -67,6 +67,8 @@ class Faults:
         for kind in scenario.kinds:
             if kind in CONDITIONS:
                 chronicle.counts[kind] += 1
+        for worker in workers:
+            worker.on_left = self._left
 
     def __repr__(self) -> str:
         return f"Faults({self._kinds})"
@@ -129,8 +131,15 @@ class Faults:
     def _drain(self, kind: str) -> None:
         worker = self._some(self.workers)
         if worker is not None and not worker.paused:
+            life = worker.life
             worker.terminate()
-            self._until(kind, "worker", worker.start, worker.name, least_s=worker.config.grace_s + 1.0)
+            # One that is stopped meanwhile leaves when it goes on; `_left` starts it again.
+            self._until(kind, "worker", lambda: None, worker.name, still=lambda: worker.alive and worker.life == life)
+
+    def _left(self, worker: WorkerNode) -> None:
+        """It was drained, or refused for another of its name: what runs it starts it again."""
+        if self._active:
+            self._until("worker drained", "worker", worker.start, worker.name, counted=False)
 
     def _double(self, kind: str) -> None:
         """Another process comes with the name of one that is there, or was a moment ago."""
@@ -224,13 +233,24 @@ class Faults:
         alive = [node for node in nodes if node.alive]
         return self.random.choice(alive) if alive else None
 
-    def _until(self, kind: str, group: str, end: Callable[[], object], *names: str, least_s: float = 0.0) -> None:
-        number = self.chronicle.add(kind, group, self.world.now, *names)
+    def _until(
+        self,
+        kind: str,
+        group: str,
+        end: Callable[[], object],
+        *names: str,
+        counted: bool = True,
+        still: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`end` puts it right after a while; not as long as it is `still` going on."""
+        number = self.chronicle.add(kind, group, self.world.now, *names, counted=counted)
         self._open.append(number)
 
         def over() -> None:
-            if self._active:
+            if self._active and still():
+                self.world.after(self.random.uniform(*SHORT_S), over)
+            elif self._active:
                 end()
                 self.chronicle.over(number, self.world.now)
 
-        self.world.after(least_s + self.random.uniform(*self.random.choice((SHORT_S, LONG_S))), over)
+        self.world.after(self.random.uniform(*self.random.choice((SHORT_S, LONG_S))), over)

@@ -77,6 +77,7 @@ class WorkerNode(Node):
         self.load_s = load_s
         self.hung = False
         self.on_poison: Callable[[WorkerNode], object] = lambda _node: None
+        self.on_left: Callable[[WorkerNode], object] = lambda _node: None
 
     def begin(self) -> None:
         self.hung = False
@@ -174,6 +175,7 @@ class WorkerNode(Node):
             link.close()
         self.workload.ending = True
         self.leave()
+        self.on_left(self)
 
     # --- Outbound, from the engine's thread
 
