@@ -219,6 +219,22 @@ def test_a_worker_that_missed_a_heartbeat_gets_new_work_only_when_there_is_no_ot
     assert [task.rid for task in silent.tasks] == [3, 4]
 
 
+def test_a_worker_that_was_silent_before_it_got_a_request_does_not_count_against_it() -> None:
+    """It was dead already. With controllers below that share it, one death would count twice and end the request."""
+    network = Network()
+    client = network.client()
+    silent = network.worker("silent", slots=8)
+    client.generate(1)
+    network.advance(2.0)
+    client.generate(2)
+    assert sorted(task.rid for task in silent.tasks) == [1, 2]
+    network.advance(1.5)
+    assert not silent.is_registered()
+    other = network.worker("other", slots=8)
+    attempts = {task.rid: task.head.attempts for task in other.tasks}
+    assert attempts == {1: 1, 2: 0}
+
+
 def test_hundreds_of_workers_and_clients_that_die_together_take_nobody_with_them() -> None:
     """Each loss finds the next one out: a worker's that a client is gone, a client's that another worker is."""
     many = 300

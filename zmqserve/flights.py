@@ -271,12 +271,13 @@ class Flights:
     def give_up_worker(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
         """The registry has forgotten this worker: its unstarted flights go elsewhere, the others end as WorkerLost.
 
-        One that left of its own will (`clean`) was not killed by what it ran: that costs no attempt.
+        One that left of its own will (`clean`) was not killed by what it ran, nor was one that was silent before it got the request
+        and ever since (found dead by two controllers, it would count twice): that costs no attempt.
         """
         lost = list(worker.flights.values())
         for flight in lost:
             self._release(flight)
-            flight.attempts += not clean
+            flight.attempts += not (clean or worker.quiet(flight.dispatched_s))
             flight.avoid = flight.avoid | {worker.name}
             if flight.cancel_timer is not None:
                 flight.cancel_timer.cancel()
