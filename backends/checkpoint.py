@@ -28,13 +28,17 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model ready to run, in inference mode. `context_length` is in tokens, 0 if the model names no bound; `eos` ends an answer."""
+    """A model ready to run, in inference mode. `context_length` is in tokens, 0 if the model names no bound; `eos` ends an answer.
+
+    `adapter`: settings of the LoRA adapter in it, "" without one.
+    """
 
     model: Any
     tokenizer: Any
     device: torch.device
     context_length: int
     eos: frozenset[int]
+    adapter: str = ""
 
     def forward(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         """Run `ids` (1, n) after what is in `cache` (None: nothing yet).
@@ -93,35 +97,50 @@ class Checkpoint:
 
         Weights count by the sum of each row's bit patterns: exact, the same on any device, and as quick as reading them once.
         """
-        digest = hashlib.sha256()
-        fast = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = fast.to_str() if fast is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        digest.update(json.dumps([words, str(self.tokenizer.chat_template), sorted(self.eos)]).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            bits = weight.contiguous().view(_BITS[weight.element_size()]) if weight.dim() else weight.reshape(1)
-            digest.update(bits.sum(dim=-1, dtype=torch.int64).cpu().numpy().tobytes())
-        return digest.hexdigest()[:32]
+        facts = [str(self.tokenizer.chat_template), sorted(self.eos), *([self.adapter] if self.adapter else [])]
+        return fingerprint_of(self.model, self.tokenizer, facts)
+
+
+def fingerprint_of(model: Any, tokenizer: Any, facts: list[Any]) -> str:
+    """Equal for equal weights, tokenizer and `facts`, which can be written as JSON; see Checkpoint.fingerprint."""
+    digest = hashlib.sha256()
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    words = fast.to_str() if fast is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    digest.update(json.dumps([words, *facts]).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        bits = weight.contiguous().view(_BITS[weight.element_size()]) if weight.dim() else weight.reshape(1)
+        digest.update(bits.sum(dim=-1, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def load(
-    source: str, *, device: str = "auto", dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Load from a local directory or the Hugging Face Hub. ``auto``: CUDA if there is any, else CPU; bfloat16 there, float32 here.
 
+    `attention`: transformers' name of an implementation; None: as the model and the library choose.
+
     Raises ModelUnavailable, which says what is wrong with `source`, and InvalidParameter for a device or dtype that is none.
     """
-    where = _device(device)
-    kind = _dtype(dtype, where)
-    local = _is_local(source)
+    where = device_of(device)
+    kind = dtype_of(dtype, where)
+    local = is_local(source)
     source = os.path.expanduser(source) if local else source
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     loader: Any = AutoModelForCausalLM
-    with _explained(source, local=local), _quiet(local=local):
+    with explained(source, local=local), quiet(local=local):
         config = AutoConfig.from_pretrained(source, **options)
         _check_kind(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = loader.from_pretrained(source, config=config, dtype=kind, output_loading_info=True, **options)
+        attended = {} if attention is None else {"attn_implementation": attention}
+        model, report = loader.from_pretrained(source, config=config, dtype=kind, output_loading_info=True, **attended, **options)
         model = model.to(where).eval().requires_grad_(False)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -131,7 +150,8 @@ def load(
     return Checkpoint(model, tokenizer, where, int(context_length), _eos(model, tokenizer))
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device; ``auto``: CUDA if there is any. InvalidParameter for one that cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -143,7 +163,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype; ``auto``: float32 on a CPU, else bfloat16. InvalidParameter for one that is not in DTYPES."""
     if name == "auto":
         # A CPU without bfloat16 instructions is slower with it, above all on prompts; and float32 keeps greedy answers repeatable.
         name = "float32" if device.type == "cpu" else "bfloat16"
@@ -153,7 +174,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether `source` is a model directory; ModelUnavailable if it is meant to be one and is none."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -171,7 +192,8 @@ def _check_kind(source: str, config: Any) -> None:
     names = set(config.architectures or ())
     # transformers would load the body of any model and put a random head on it.
     if names and not names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not getattr(config, "auto_map", None):
-        raise unavailable(source, f"is a {', '.join(sorted(names))}, not a causal language model: it cannot generate text")
+        supported = "a text encoder or a directory in sentence-transformers' layout (modules.json), to embed"
+        raise unavailable(source, f"is a {', '.join(sorted(names))}, neither a causal language model, to generate text, nor {supported}")
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -184,7 +206,7 @@ def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 @contextmanager
-def _explained(source: str, *, local: bool) -> Iterator[None]:
+def explained(source: str, *, local: bool) -> Iterator[None]:
     """Loaders fail with anything, and at length: one sentence for all of it."""
     try:
         yield
@@ -200,7 +222,7 @@ def _explained(source: str, *, local: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(*, local: bool) -> Iterator[None]:
+def quiet(*, local: bool) -> Iterator[None]:
     """No progress bar over files that are here already: it would run through the worker's log."""
     bars: Any = transformers_logging
     hide = local and bars.is_progress_bar_enabled()

@@ -1,31 +1,41 @@
-"""One answer in the making: its tokens, its key-value cache, its sampler and its text."""
+"""One request in the making, on the event loop: its choices, each with a sequence in an engine and a reader of its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from zmqserve.jobs import Delta
-from zmqserve.messages import Resume, unpack_ids
+from zmqserve.messages import Resume, TokenLogprob, TopLogprob, unpack_ids
 from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
-from zmqserve.stopping import StopMatcher
 
 from .checkpoint import Checkpoint
-from .detokenize import Detokenizer
-from .sampling import Sampler
+from .reader import Reader
+from .sampling import Likelihood, Sampler
+from .sequences import SequenceEngine, Token, TokenSequence
 
-PROMPT_PIECE = 512
-"""Tokens of a prompt that are taken in one step: a long prompt keeps others waiting for a piece, not for the whole."""
+Emit = Callable[[Delta | Exception], None]
+
+
+class _Choice:
+    """One of the answers. `made` are the ids read so far, `late` is text that leaves with the next."""
+
+    def __init__(self, index: int, reader: Reader, sampler: Sampler, late: str) -> None:
+        self.index = index
+        self.reader = reader
+        self.sampler = sampler
+        self.late = late
+        self.made: list[int] = []
+        self.complete: str | None = None
+        self.sequence: TokenSequence | None = None
 
 
 class Generation:
-    """Makes an answer of at most `max_tokens` tokens (None: until it ends by itself) to the ids `prompt`, a token a step.
+    """Makes `params.n` answers of at most `max_tokens` tokens each (None: until they end by themselves) to the ids `prompt`.
 
-    `echo` is text that comes before the answer. The token that ends the answer is among the ids and has no text.
-    `resume`: go on after what was received of it already, which is taken like a prompt. Raises InvalidParameter if that cannot be.
+    Made on any thread, started on an event loop. `echo` is text that comes before each answer. `resume`: go on after what was
+    received of the answer already. Raises InvalidParameter if that cannot be. `cached_tokens` of the prompt were not computed again.
     """
 
     def __init__(
@@ -39,58 +49,119 @@ class Generation:
         resume: Resume | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else checkpoint.eos)
-        self._sampler = Sampler(params, len(prompt), self._ends, checkpoint.device)
-        self._text = Detokenizer(checkpoint.decode, prompt, checkpoint.special_ids if params.skip_special_tokens else ())
-        self._stop = StopMatcher(params.stop)
-        self._min_tokens = params.min_tokens
+        self._prompt = prompt
+        self._params = params
         self._max_tokens = max_tokens
-        self._made = 0
-        # Text that leaves with the next token.
-        self._late = echo
-        self._complete: str | None = None
-        received: list[int] = []
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else checkpoint.eos)
+        self._choices = [self._choice(index, echo) for index in range(params.n)]
+        self._engine: SequenceEngine | None = None
+        self._emit: Emit | None = None
+        self._begun = False
+        self._paused = False
+        self.cached_tokens = 0
         if resume is not None:
-            received = unpack_ids(resume.token_ids)
-            self._late, self._complete = reread(resume, self._read, echo)
-        self._ids = torch.tensor([[*prompt, *received]], device=checkpoint.device)
-        self._taken = 0
-        self._cache: Any = None
+            first = self._choices[0]
+            first.made = unpack_ids(resume.token_ids)
+            first.late, first.complete = reread(resume, first.reader.read, echo)
 
     def __repr__(self) -> str:
-        return f"Generation({self._made} tokens made, {self._taken} of {self._ids.shape[1]} taken)"
+        return f"Generation({[len(choice.made) for choice in self._choices]} tokens, {'done' if self.done else 'open'})"
 
-    @torch.inference_mode()
-    def step(self) -> Delta | None:
-        """Take a piece of the prompt, or the last token, and make the next. None while there is more of the prompt."""
-        if self._complete is not None:
-            return Delta(self._late, finish_reason=self._complete)
-        piece = self._ids[:, self._taken : self._taken + PROMPT_PIECE]
-        logits, self._cache = self._checkpoint.forward(piece, self._cache)
-        self._taken += piece.shape[1]
-        if self._taken < self._ids.shape[1]:
-            return None
-        token_id = self._sampler.pick(self._ids, logits)
-        self._ids = torch.cat([self._ids, self._ids.new_tensor([[token_id]])], dim=1)
-        text, reason = self._read(token_id)
-        text, self._late = self._late + text, ""
-        return Delta(text, (token_id,), finish_reason=reason)
+    @property
+    def done(self) -> bool:
+        """Whether all answers are complete."""
+        return all(choice.complete is not None for choice in self._choices)
 
-    def _read(self, token_id: int) -> tuple[str, str | None]:
-        """The answer's next token: the text that may leave with it, and why the answer ends with it, if it does."""
-        self._made += 1
-        reason = None
-        if token_id in self._ends:
-            reason, piece = "stop", ""
+    def start(self, engine: SequenceEngine, emit: Emit) -> None:
+        """Begin: `emit` gets each delta, on this event loop, or at last what went wrong. Raises BackendError if the engine is stopping."""
+        self._engine = engine
+        self._emit = emit
+        first = self._choices[0]
+        if first.complete is not None:
+            emit(Delta(first.late, finish_reason=first.complete))
         else:
-            piece = self._text.feed(token_id)
-            if self._made == self._max_tokens:
-                reason = "length"
-        if reason is not None:
-            piece += self._text.flush()
-        if self._made <= self._min_tokens:
-            return piece, reason
-        text, stopped = self._stop.feed(piece)
-        if stopped:
-            return text, "stop"
-        return (text, None) if reason is None else (text + self._stop.flush(), reason)
+            # The others begin when the first one's prompt has been computed: they find it in the engine's cache.
+            self._open(first)
+
+    def pause(self) -> None:
+        """Make nothing for now, and hold nothing in the engine."""
+        self._paused = True
+        self._leave()
+
+    def go_on(self) -> None:
+        """After a pause: from the ids so far."""
+        self._paused = False
+        for choice in self._choices if self._begun else self._choices[:1]:
+            if choice.complete is None:
+                self._open(choice)
+
+    def stop(self) -> None:
+        """No more is wanted."""
+        self._emit = None
+        self._leave()
+
+    def _leave(self) -> None:
+        for choice in self._choices:
+            if self._engine is not None and choice.sequence is not None:
+                self._engine.cancel(choice.sequence)
+            choice.sequence = None
+
+    def _choice(self, index: int, echo: str) -> _Choice:
+        reader = Reader(self._checkpoint, self._prompt, self._params, self._ends, self._max_tokens)
+        sampler = Sampler(self._params, len(self._prompt), self._ends, self._checkpoint.device, index)
+        return _Choice(index, reader, sampler, echo)
+
+    def _open(self, choice: _Choice) -> None:
+        if self._engine is None:
+            return
+        choice.sequence = TokenSequence(
+            self._prompt,
+            choice.made,
+            choice.sampler,
+            partial(self._receive, choice),
+            ends=self._ends,
+            max_tokens=self._max_tokens,
+            logprobs=self._params.logprobs,
+        )
+        self._engine.open(choice.sequence)
+
+    def _receive(self, choice: _Choice, token: Token | Exception) -> None:
+        emit = self._emit
+        if emit is None:
+            return
+        if isinstance(token, Exception):
+            self.stop()
+            emit(token)
+            return
+        try:
+            first, self._begun = not self._begun, True
+            if first and choice.sequence is not None:
+                self.cached_tokens = max(0, min(choice.sequence.cached_tokens, len(self._prompt)))
+            delta = self._read(choice, token)
+            if delta.finish_reason is not None:
+                self._close(choice)
+            emit(delta)
+            if first and self._emit is not None and not self._paused:
+                for other in self._choices[1:]:
+                    self._open(other)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to this request
+            self.stop()
+            emit(error)
+
+    def _read(self, choice: _Choice, token: Token) -> Delta:
+        choice.made.append(token.token_id)
+        text, choice.complete = choice.reader.read(token.token_id)
+        text, choice.late = choice.late + text, ""
+        logprobs = None if token.likelihood is None else [self._logprob(token.token_id, token.likelihood)]
+        return Delta(text, (token.token_id,), choice.index, logprobs, choice.complete)
+
+    def _close(self, choice: _Choice) -> None:
+        """The engine does not know of stop strings."""
+        if self._engine is not None and choice.sequence is not None:
+            self._engine.cancel(choice.sequence)
+        choice.sequence = None
+
+    def _logprob(self, token_id: int, likelihood: Likelihood) -> TokenLogprob:
+        decode = self._checkpoint.decode
+        top = [TopLogprob(i, decode([i]), logprob) for i, logprob in likelihood.top]
+        return TokenLogprob(token_id, decode([token_id]), likelihood.logprob, top)

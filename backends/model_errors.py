@@ -14,9 +14,9 @@ def unavailable(model: str, why: str) -> ModelUnavailable:
     return ModelUnavailable(f"{model} {why}", data={"model": model})
 
 
-def missing_libraries(error: ImportError) -> ModelUnavailable:
-    """For a backend whose libraries are not installed: they come with an extra of this package."""
+def missing_libraries(error: ImportError, backend: str = "transformers") -> ModelUnavailable:
+    """For a backend whose libraries are not installed: they come with the extra of this package that has its name."""
     what = error.name or str(error)
     wrong = "which is not installed" if isinstance(error, ModuleNotFoundError) else f"which cannot be imported ({error})"
-    message = f'the transformers backend needs {what}, {wrong}: pip install "zmqserve[transformers]"'
+    message = f'the {backend} backend needs {what}, {wrong}: pip install "zmqserve[{backend}]"'
     return ModelUnavailable(message, data={"missing": what})

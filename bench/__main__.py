@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import backpressure, chaos, recovery, simulate, transport
+from . import backpressure, batching, chaos, embeddings, recovery, simulate, transport
 
 
 def main() -> int:
@@ -15,6 +15,8 @@ def main() -> int:
     transport.add_arguments(names)
     chaos.add_arguments(names)
     recovery.add_arguments(names)
+    embeddings.add_arguments(names)
+    batching.add_arguments(names)
     backpressure.add_arguments(names)
     simulate.add_arguments(names)
     args = parser.parse_args()

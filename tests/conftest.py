@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import psutil
 import pytest
@@ -21,6 +22,15 @@ LEAVE_S = 5.0
 _KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
 _KEPT_PROCESSES = ("resource_tracker", "forkserver")
 """Parts of names: those that a library starts once for the life of the process."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs vLLM where that is not installed: it has an environment of its own, see `make test-vllm`."""
+    if find_spec("vllm") is None:
+        left_out = [item for item in items if item.get_closest_marker("vllm") is not None]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

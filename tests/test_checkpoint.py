@@ -66,9 +66,9 @@ def test_a_path_that_is_no_model_is_one_sentence(tmp_path: Path) -> None:
     assert "is a file" in load_error(tmp_path / "file")
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    assert "is a BertModel, not a causal language model" in load_error(tmp_path)
+def test_a_model_that_neither_generates_nor_embeds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}))
+    assert "is a BertForSequenceClassification, neither a causal language model" in load_error(tmp_path)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(model_dir: Path, tmp_path: Path) -> None:

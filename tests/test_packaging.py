@@ -108,7 +108,10 @@ def test_importing_zmqserve_stays_light(python: Path, tmp_path: Path) -> None:
 
 
 def test_importing_a_backend_module_needs_no_model_library(python: Path, tmp_path: Path) -> None:
-    code = "import sys, zmqserve.backends.echo as echo, zmqserve.backends.transformers_worker; print(echo.__file__, *sorted(sys.modules))"
+    code = """
+import sys, zmqserve.backends.echo as echo, zmqserve.backends.transformers_worker, zmqserve.backends.vllm_worker
+print(echo.__file__, *sorted(sys.modules))
+"""
     file, *loaded = run(python, "-c", code, cwd=tmp_path).split()
     assert Path(file).parent.name == "backends"
     assert Path(file).parent.parent.name == "zmqserve"
@@ -124,7 +127,8 @@ for point in sorted(entry_points(group="zmqserve.backends")):
     assert issubclass(worker, BaseModelWorker), worker
     print(point.name, worker.__name__)
 """
-    assert run(python, "-c", code, cwd=tmp_path).split() == ["echo", "EchoWorker", "transformers", "ModelWorker"]
+    names = run(python, "-c", code, cwd=tmp_path).splitlines()
+    assert names == ["echo EchoWorker", "hf HuggingfaceApiWorker", "transformers ModelWorker", "vllm VLLMWorker"]
 
 
 def test_the_command_and_the_module_are_the_same_program(python: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from .processes import PATIENCE_S, network
+from .processes import PATIENCE_S, ServedController, network
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -33,6 +33,14 @@ def test_the_client_block() -> None:
     with network("w") as (controller, _):
         lines = run(block, controller.clients).splitlines()
     assert lines == ["a b c a ba b c a b length 5 w", "hello there", "(2, 384) 3 ['m']"]
+
+
+def test_the_embeddings_block() -> None:
+    """An echo worker stands in for the model: it has as many dimensions."""
+    block = next(block for block in BLOCKS if "truncate_tokens" in block)
+    with ServedController() as controller, controller.echo("w", model="all-minilm-l6-v2"):
+        controller.wait_ready("w")
+        assert run(block, controller.clients).splitlines() == ["(3, 384) [1. 1. 1.]", "(1, 64)"]
 
 
 def test_the_failover_block() -> None:

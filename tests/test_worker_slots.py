@@ -273,3 +273,14 @@ def test_a_worker_that_was_taken_while_it_loaded_is_not_taken_for_ready() -> Non
     assert (peer.ready.state, peer.ready.slots) == ("ready", SLOTS)
     peer.welcome(desktop.loop.now, 7)
     assert desktop.times_taken == 1
+
+
+def test_what_the_engine_has_not_begun_is_told_as_waiting_and_counted_once(desktop: Desktop) -> None:
+    first, other = desktop.peers
+    for rid in range(1, SLOTS + 1):
+        ask(desktop, first, rid)
+    for queued, waiting in ((1, 1), (50, SLOTS)):  # an engine may count several for a request
+        desktop.queued = queued
+        for peer, yours in ((first, SLOTS), (other, 0)):
+            load = desktop.workload.load(peer.link)
+            assert (load.running, load.waiting, load.yours) == (SLOTS - waiting, waiting, yours)

@@ -9,6 +9,9 @@ from .jobs import checked
 from .messages import CountTokens, Embed, Generate, ModelCard, ModelDetails, Request
 from .resuming import FEATURE, refused
 
+_INSTEAD = {"generate": ("chat", "send messages (client.chat)"), "chat": ("generate", "send a prompt (client.generate)")}
+"""What a model may do that does not do the one or the other."""
+
 
 def by_name(cards: Iterable[ModelCard]) -> dict[str, ModelCard]:
     """Cards by every name that they are asked for."""
@@ -30,7 +33,9 @@ def admit(request: Request, cards: Mapping[str, ModelCard], backend: str, honour
         return card
     verb = _verb(request)
     if verb not in card.verbs:
-        _refuse(f"model {card.name!r} ({backend}) does not {verb}; it can: {', '.join(card.verbs)}", verb)
+        other = _INSTEAD.get(verb)
+        hint = f": {other[1]}" if other is not None and other[0] in card.verbs else ""
+        _refuse(f"model {card.name!r} ({backend}) does not {verb}; it can: {', '.join(card.verbs)}{hint}", verb)
     checked(request)
     if isinstance(request, CountTokens):
         return card

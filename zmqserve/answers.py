@@ -168,7 +168,6 @@ class Job(GenerateJob):
         "_seq",
         "_unfinished",
         "answer",
-        "completion_tokens",
     )
 
     def __init__(self, request: Generate, answer: Answer, deadline_s: float | None, fingerprint: str) -> None:

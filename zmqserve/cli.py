@@ -278,8 +278,15 @@ def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], 
     parser.add_argument(
         "backend", metavar="BACKEND", type=_backend, help=f"one of: {backends}; its own options: zmqserve COMMAND BACKEND --help"
     )
+    chosen = None
+    if len(arguments) > 1 and arguments[0] in ("worker", "up") and arguments[1] in plugins.names() and parser.prog.endswith(arguments[0]):
+        chosen = plugins.load(arguments[1])
     parser.add_argument(
-        "--model", required=True, metavar="PATH_OR_ID", help="what to load: a local path, a Hugging Face id, or smollm2-135m"
+        "--model",
+        required=chosen is None or chosen.needs_model,
+        default="",
+        metavar="PATH_OR_ID",
+        help="what to load: a local path, a Hugging Face id, smollm2-135m or all-minilm-l6-v2",
     )
     parser.add_argument("--name", metavar="MODEL_NAME", help="the name that clients ask for (default: from --model)")
     parser.add_argument("--slots", type=_positive, metavar="N", help="requests at a time (default: the backend's)")
@@ -287,8 +294,8 @@ def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], 
     parser.add_argument(
         "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
     )
-    if len(arguments) > 1 and arguments[0] in ("worker", "up") and arguments[1] in plugins.names() and parser.prog.endswith(arguments[0]):
-        plugins.load(arguments[1]).add_arguments(parser.add_argument_group(f"{arguments[1]} options"))
+    if chosen is not None:
+        chosen.add_arguments(parser.add_argument_group(f"{arguments[1]} options"))
 
 
 def _client_options(parser: argparse.ArgumentParser) -> None:

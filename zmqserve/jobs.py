@@ -35,14 +35,19 @@ class Vectors(Struct, frozen=True, gc=False):
 
 
 class GenerateJob:
-    """One Generate as its backend sees it. The backend sets `prompt_tokens` (and `cached_tokens`) before its last delta."""
+    """One Generate as its backend sees it. The backend sets `prompt_tokens` (and `cached_tokens`) before its last delta.
 
-    __slots__ = ("cached_tokens", "deadline_s", "prompt_tokens", "request")
+    `completion_tokens` are the ids of the deltas so far, those resumed included; a backend that has no ids sets it too.
+    `deadline_s` is on the clock of time.monotonic, None without one.
+    """
+
+    __slots__ = ("cached_tokens", "completion_tokens", "deadline_s", "prompt_tokens", "request")
 
     def __init__(self, request: Generate, deadline_s: float | None = None) -> None:
         self.request = request
         self.deadline_s = deadline_s
         self.prompt_tokens = 0
+        self.completion_tokens = 0
         self.cached_tokens = 0
 
     def __repr__(self) -> str:

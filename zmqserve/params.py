@@ -112,7 +112,7 @@ class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_u
 
 class EmbedParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
     """`dimensions`: cut vectors to so many (None: all). `normalize`: to length 1 (None: as the model says).
-    `truncate_tokens`: cut each text to so many tokens; None: a text over the context is an error."""
+    `truncate_tokens`: cut each text to so many tokens, the model's special ones counted; None: a text over the context is an error."""
 
     dimensions: int | None = None
     normalize: bool | None = None

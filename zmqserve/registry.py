@@ -122,7 +122,7 @@ class Worker:
     def report(self, load: Load) -> bool:
         """Take its heartbeat's figures; returns whether its free slots are others than before."""
         before = self.others
-        self.others = max(0, load.running - load.yours) + load.waiting
+        self.others = max(0, load.running + load.waiting - load.yours)
         self.waiting = load.waiting
         self.step_age_ms = load.step_age_ms
         return self.others != before

@@ -20,11 +20,11 @@ NEVER_RESUMED = frozenset({"guided", "n"})
 
 
 def declared(card: ModelCard, resumes: Mapping[str, str] | None, honours: Collection[str]) -> ModelCard:
-    """The card with what its backend declares, if it resumes at all; what the card says itself goes first.
+    """The card with what its backend declares, if it resumes at all and the model generates; what the card says itself goes first.
 
     Raises InvalidParameter for a grade that is none, and for a card without fingerprint: nobody could tell who may go on.
     """
-    if resumes is None:
+    if resumes is None or not {"generate", "chat"} & set(card.verbs):
         return card
     if not card.fingerprint:
         text = f"the card of model {card.name!r} needs a fingerprint: its backend declares that answers go on elsewhere"

@@ -106,6 +106,8 @@ class BaseModelWorker(ABC):
     """
 
     backend: ClassVar[str]
+    needs_model: ClassVar[bool] = True
+    """Whether its command line must have --model."""
     honours: ClassVar[frozenset[str]] = frozenset()
     resumes: ClassVar[Mapping[str, str] | None] = None
     default_slots: ClassVar[int] = 4
@@ -177,6 +179,10 @@ class BaseModelWorker(ABC):
         if self._links is None or self._engine is None or not self._links.workload.running:
             return 0.0
         return self._engine.desk.age_s()
+
+    def waiting(self) -> int:
+        """Requests that it took and its engine has not begun. Called from the socket thread: be quick."""
+        return 0
 
     def close(self) -> None:  # noqa: B027 - nothing to let go of, unless a backend says so
         """Let go of the model, after the last job."""

@@ -30,6 +30,7 @@ class Served(Protocol):
 
     def registration(self, state: str, slots: int) -> Ready: ...
     def step_age_s(self) -> float: ...
+    def waiting(self) -> int: ...
     def taken(self) -> None: ...
 
 
@@ -140,7 +141,10 @@ class Workload:
     def load(self, link: ControllerLink) -> Load:
         """As LinkHost says."""
         lane = self.links[link]
-        return Load(self.running, 0, lane.yours if lane is not None else 0, 1000 * self._worker.step_age_s())
+        # An engine may count several for a request (n), or one that has just ended.
+        waiting = min(self.running, self._worker.waiting())
+        yours = lane.yours if lane is not None else 0
+        return Load(self.running - waiting, waiting, yours, 1000 * self._worker.step_age_s())
 
     def offer(self, link: ControllerLink, head: ControllerHead, payload: bytes) -> bool:
         """As LinkHost says."""

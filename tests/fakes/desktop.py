@@ -223,6 +223,7 @@ class Desktop:
         )
         self.desk.cards = {"m": m.ModelCard("m", verbs=["generate", "embed", "count_tokens", "model_details"])}
         self.name = "w"
+        self.queued = 0
         self.workload = Workload(self, self, grace_s=5.0, message_bytes=10_000, now=self.now, hand=self._hand, fresh_socket=lambda _: None)
         self.workload.desk = self.desk
         self.peers = [Peer(f"c{k}") for k in range(controllers)]
@@ -245,6 +246,9 @@ class Desktop:
 
     def step_age_s(self) -> float:
         return self.desk.age_s()
+
+    def waiting(self) -> int:
+        return self.queued
 
     def taken(self) -> None:
         self.times_taken += 1

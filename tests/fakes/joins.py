@@ -73,7 +73,9 @@ class Asker:
         done = got[-1].message
         assert isinstance(done, m.Done), done
         pieces = [Piece(c.seq, c.text, tuple(m.unpack_ids(c.token_ids))) for c in chunks_of(got, done.rid)]
-        return Answer(pieces, done.finish_reasons, done.usage, done.seq)
+        # What an engine still had of the prompt says nothing of the answer.
+        usage = msgspec.structs.replace(done.usage, cached_tokens=0)
+        return Answer(pieces, done.finish_reasons, usage, done.seq)
 
     def failure(self, request: m.Generate) -> m.Error:
         """The error that ends it before anything else is said."""

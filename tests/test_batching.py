@@ -1,0 +1,380 @@
+"""ModelWorker's batch: answers are the same as alone, whatever comes, goes, breaks or does not fit beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from zmqserve import messages as m
+from zmqserve.backends.model_errors import ModelUnavailable
+from zmqserve.backends.transformers_worker import ModelWorker
+from zmqserve.errors import BackendError, ContextOverflow, InvalidParameter
+from zmqserve.jobs import Delta, GenerateJob
+from zmqserve.params import SamplingParams
+from zmqserve.worker import WorkerConfig
+
+from .fakes.controller import FakeController, chunks_of
+from .fakes.tiny_llama import CONTEXT, WORDS, make_model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.timeout(300)
+
+TOKENS = 24
+POISON = 77
+PROMPTS = [[5, 6, 7 + i, 8, 40 + i] for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@contextmanager
+def loaded(directory: Path, **options: Any) -> Iterator[ModelWorker]:
+    worker = ModelWorker(WorkerConfig(model=str(directory)), device="cpu", threads=1, **options)
+    worker.cards = worker.load()
+    try:
+        asyncio.run(together(worker, PROMPTS[:1], max_tokens=1))  # its threads start now, and not within a test
+        yield worker
+    finally:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def worker(model_dir: Path) -> Iterator[ModelWorker]:
+    with loaded(model_dir) as made:
+        yield made
+
+
+def job_of(prompt: list[int], **params: Any) -> GenerateJob:
+    params = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, **params}
+    return GenerateJob(m.Generate(1, "tiny", token_ids=m.pack_ids(prompt), params=SamplingParams(**params)))
+
+
+async def ids_of(worker: ModelWorker, job: GenerateJob, made: Callable[[], object] = lambda: None) -> list[int]:
+    """The ids of its answer; `made` is called after each."""
+    ids: list[int] = []
+    async for delta in worker.generate(job):
+        ids += delta.token_ids
+        made()
+    return ids
+
+
+async def together(worker: ModelWorker, prompts: list[list[int]], **params: Any) -> list[Any]:
+    """Ids, or what went wrong, of all."""
+    jobs = [job_of(prompt, **params) for prompt in prompts]
+    return list(await asyncio.gather(*(ids_of(worker, job) for job in jobs), return_exceptions=True))
+
+
+def alone(worker: ModelWorker, **params: Any) -> list[list[int]]:
+    return [asyncio.run(ids_of(worker, job_of(prompt, **params))) for prompt in PROMPTS]
+
+
+def model_of(worker: ModelWorker) -> Any:
+    return worker._models["tiny"].checkpoint.model
+
+
+@contextmanager
+def broken_forward(worker: ModelWorker, breaks: Callable[[Any], bool], error: Exception) -> Iterator[list[int]]:
+    """Forwards of a batch for which `breaks` is true of the ids raise `error`. Gives the number of sequences in each forward."""
+    model = model_of(worker)
+    forward = model.forward
+    sizes: list[int] = []
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["cu_seq_lens_q"].shape[0] - 1)
+        if breaks(kwargs):
+            raise error
+        return forward(*args, **kwargs)
+
+    model.forward = patched
+    try:
+        yield sizes
+    finally:
+        del model.forward
+
+
+# --- together as alone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 4.0, "seed": 3}, {"frequency_penalty": 1.0}, {"logprobs": 2}], ids=str)
+def test_answers_in_a_batch_are_those_alone(worker: ModelWorker, params: dict[str, Any]) -> None:
+    expected = alone(worker, **params)
+    with broken_forward(worker, lambda _: False, RuntimeError()) as sizes:
+        assert asyncio.run(together(worker, PROMPTS, **params)) == expected
+    assert max(sizes) == len(PROMPTS), "they were not in one batch"
+
+
+def test_all_tokens_of_a_step_leave_as_one_message(model_dir: Path) -> None:
+    with FakeController() as controller:
+        config = WorkerConfig(model=str(model_dir), controllers=(controller.endpoint,))
+        with ModelWorker(config, device="cpu", threads=1):
+            controller.register(timeout_s=60, ttl_ms=600_000)
+            params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+            for rid in (1, 2, 3, 4):
+                controller.request(m.Generate(rid, "tiny", token_ids=m.pack_ids(PROMPTS[rid]), params=params))
+            got = [controller.expect(m.FIRST, m.MORE, m.DONE, timeout_s=60)]
+            while sum(each.head.kind == m.DONE for each in got) < 4:
+                got.append(controller.expect(m.FIRST, m.MORE, m.DONE, timeout_s=60))
+    assert [len(chunks_of(got, rid)) for rid in (1, 2, 3, 4)] == [TOKENS] * 4
+    shared = [each for each in got if isinstance(each.message, m.Chunks) and len(each.message.chunks) == 4]
+    assert len(shared) > TOKENS // 2
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again(worker: ModelWorker) -> None:
+    prompt = [(3 * i) % 200 + 3 for i in range(70)]
+    jobs = [job_of(prompt, max_tokens=5), job_of(prompt, max_tokens=5), job_of(prompt, max_tokens=5, n=2)]
+    answers = [asyncio.run(ids_of(worker, job)) for job in jobs]
+    assert [job.cached_tokens for job in jobs] == [0, 64, 64]
+    assert answers[0] == answers[1]
+
+
+# --- room --------------------------------------------------------------------------------------
+
+
+def test_a_cache_too_small_for_all_at_once_serves_all(worker: ModelWorker, model_dir: Path) -> None:
+    expected = alone(worker, max_tokens=60)
+    with loaded(model_dir, cache_tokens=CONTEXT) as small:
+        assert asyncio.run(together(small, PROMPTS, max_tokens=60)) == expected
+
+
+def test_a_cache_smaller_than_the_context_limits_what_is_taken(model_dir: Path) -> None:
+    """A request that can never fit would keep the batch from going on."""
+    with loaded(model_dir, cache_tokens=64) as small:
+        assert small.cards[0].context_length == 64
+        with pytest.raises(ContextOverflow) as caught:
+            asyncio.run(ids_of(small, job_of([5] * 60, max_tokens=5)))
+        assert (caught.value.context_length, caught.value.tokens) == (64, 65)
+        assert len(asyncio.run(ids_of(small, job_of([5] * 60, max_tokens=4)))) == 4
+
+
+def test_a_cache_that_no_memory_holds_is_refused(model_dir: Path) -> None:
+    with pytest.raises(InvalidParameter, match="there is room for"), loaded(model_dir, cache_tokens=10**12):
+        pass
+    with pytest.raises(InvalidParameter, match="cache_tokens must be an integer >= 1"):
+        ModelWorker(WorkerConfig(model="m"), cache_tokens=0)
+
+
+# --- what breaks -------------------------------------------------------------------------------
+
+
+def test_a_request_that_breaks_the_forward_fails_alone(worker: ModelWorker) -> None:
+    """Others that were in the batch go on with the tokens that would have come."""
+    expected = alone(worker)
+    error = torch.OutOfMemoryError("the device is full")
+
+    async def scene() -> list[Any]:
+        begun = [asyncio.Event() for _ in PROMPTS]
+        others = [asyncio.create_task(ids_of(worker, job_of(p), e.set)) for p, e in zip(PROMPTS, begun, strict=True)]
+        for event in begun:
+            await event.wait()
+        poisoned = asyncio.create_task(ids_of(worker, job_of([5, POISON, 6])))
+        return list(await asyncio.gather(*others, poisoned, return_exceptions=True))
+
+    with broken_forward(worker, lambda kwargs: bool((kwargs["input_ids"] == POISON).any()), error):
+        *answers, failure = asyncio.run(scene())
+    assert answers == expected
+    assert failure is error
+    assert alone(worker) == expected
+
+
+def test_a_batch_that_is_too_large_goes_on_in_smaller_ones(worker: ModelWorker) -> None:
+    """Each runs alone, but three at once are too many: nothing fails."""
+    expected = alone(worker)
+    with broken_forward(worker, lambda kwargs: kwargs["cu_seq_lens_q"].shape[0] > 3, MemoryError("three are too many")) as sizes:
+        assert asyncio.run(together(worker, PROMPTS)) == expected
+    assert 2 in sizes
+    with broken_forward(worker, lambda _: False, RuntimeError()) as sizes:
+        asyncio.run(together(worker, PROMPTS))
+    assert max(sizes) == len(PROMPTS), "the bound outlived its cause"
+
+
+def test_where_every_forward_breaks_all_fail_with_the_cause_and_later_ones_work(worker: ModelWorker) -> None:
+    error = RuntimeError("the device is lost")
+    with broken_forward(worker, lambda _: True, error):
+        assert asyncio.run(together(worker, PROMPTS)) == [error] * len(PROMPTS)
+    assert all(isinstance(ids, list) for ids in asyncio.run(together(worker, PROMPTS)))
+
+
+def test_a_request_that_is_cancelled_while_the_batch_is_tried_again_does_not_hold_it_up(worker: ModelWorker) -> None:
+    expected = alone(worker)
+    broken = iter([True])
+
+    async def scene() -> list[Any]:
+        answering: Any = worker.generate(job_of(PROMPTS[0]))
+        others = asyncio.gather(*(ids_of(worker, job_of(prompt)) for prompt in PROMPTS[1:]))
+        async with aclosing(answering) as deltas:
+            async for _ in deltas:
+                break
+        return list(await others)
+
+    with broken_forward(worker, lambda kwargs: kwargs["cu_seq_lens_q"].shape[0] > 3 and next(broken, False), RuntimeError("once")):
+        assert asyncio.run(scene()) == expected[1:]
+
+
+# --- coming and going --------------------------------------------------------------------------
+
+
+def test_a_cancelled_request_leaves_within_a_step_and_frees_its_memory(worker: ModelWorker) -> None:
+    engine: Any = worker._models["tiny"].engine
+    cache = engine._manager.batch_processor.cache
+    before = cache.compute_free_capacity()
+
+    async def scene() -> None:
+        answering: Any = worker.generate(job_of([9] * 20, max_tokens=100))
+        async with aclosing(answering) as deltas:
+            async for _ in deltas:
+                break
+        made = len(sizes)
+        await ids_of(worker, job_of(PROMPTS[0]))
+        assert sizes[made + 1 :] == [1] * (len(sizes) - made - 1)
+
+    with broken_forward(worker, lambda _: False, RuntimeError()) as sizes:
+        asyncio.run(scene())
+    # Whole pages stay, for a prompt that begins alike: 20 tokens are none.
+    assert cache.compute_free_capacity() == before
+
+
+class PausableJob:
+    """A Job whose controller takes nothing while it is `congested`."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.request = job_of(prompt).request
+        self.congested = False
+        self.prompt_tokens = self.cached_tokens = 0
+        self.deltas: list[Delta] = []
+        self.ended = asyncio.get_running_loop().create_future()
+        self.made = asyncio.Event()
+
+    def emit(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.made.set()
+        if len(self.deltas) == 5:
+            self.congested = True
+
+    def finish(self) -> None:
+        self.ended.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        self.ended.set_exception(error)
+
+
+def test_a_job_whose_controller_takes_nothing_waits_outside_the_batch(worker: ModelWorker) -> None:
+    """Nothing piles up for it, others go on, and then it goes on where it was."""
+    expected = alone(worker)
+
+    async def scene() -> list[int]:
+        job: Any = PausableJob(PROMPTS[0])
+        worker.begin(job)
+        while not job.congested:
+            job.made.clear()
+            await job.made.wait()
+        assert await ids_of(worker, job_of(PROMPTS[1])) == expected[1]
+        assert len(job.deltas) == 5
+        job.congested = False
+        await job.ended
+        return [token_id for delta in job.deltas for token_id in delta.token_ids]
+
+    assert asyncio.run(scene()) == expected[0]
+
+
+def test_an_abandoned_job_gets_nothing_more(worker: ModelWorker) -> None:
+    async def scene() -> tuple[int, int]:
+        early: Any = PausableJob(PROMPTS[0])
+        worker.begin(early)
+        worker.abandon(early)
+        late: Any = PausableJob(PROMPTS[0])
+        worker.begin(late)
+        await late.made.wait()
+        count = len(late.deltas)
+        worker.abandon(late)
+        await ids_of(worker, job_of(PROMPTS[1]))
+        return len(early.deltas), len(late.deltas) - count
+
+    assert asyncio.run(scene()) == (0, 0)
+
+
+def test_a_step_that_hangs_shows_and_does_not_keep_the_worker_from_ending(model_dir: Path) -> None:
+    goes_on = threading.Event()
+    hangs = threading.Event()
+
+    def hang(_: Any) -> bool:
+        hangs.set()
+        return not goes_on.wait(20)
+
+    async def scene() -> None:
+        answering = asyncio.create_task(ids_of(made, job_of(PROMPTS[0])))
+        await asyncio.get_running_loop().run_in_executor(None, hangs.wait)
+        first = made.step_age_s()
+        await asyncio.sleep(0)
+        assert made.step_age_s() > first > 0
+        engine = made._models["tiny"].engine
+        await asyncio.get_running_loop().run_in_executor(None, engine.close, 0.1)
+        assert engine.is_alive()
+        assert engine.daemon
+        goes_on.set()
+        with pytest.raises(BackendError, match="stopped before the answer was complete"):
+            await answering
+
+    with loaded(model_dir) as made:
+        assert made.step_age_s() == 0
+        with broken_forward(made, hang, RuntimeError()):
+            asyncio.run(scene())
+            made._models["tiny"].engine.close()
+
+
+def test_the_attention_is_the_one_that_was_asked_for(worker: ModelWorker, model_dir: Path) -> None:
+    expected = alone(worker)
+    with loaded(model_dir, attention="eager") as eager:
+        assert model_of(eager).config._attn_implementation == "paged|eager"
+        assert asyncio.run(together(eager, PROMPTS)) == expected
+        model = model_of(eager)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ModelUnavailable, match="no_such_attention"), loaded(model_dir, attention="no_such_attention"):
+        pass
+
+
+# --- models that cannot be batched -------------------------------------------------------------
+
+
+def test_a_model_that_a_batch_would_get_wrong_takes_turns(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers says of many models nothing, and answers wrongly."""
+    from zmqserve.backends import loaded_model, row_sampling
+
+    said = MagicMock()
+    monkeypatch.setattr(loaded_model, "log", said)
+
+    choose = row_sampling.RowSampling.__call__
+
+    def wrong(self: Any, ids: Any, scores: Any, arguments: Any) -> Any:
+        return choose(self, ids, scores.roll(1, dims=-1), arguments)
+
+    monkeypatch.setattr(row_sampling.RowSampling, "__call__", wrong)
+    with loaded(model_dir) as turns:
+        assert len(asyncio.run(ids_of(turns, job_of(PROMPTS[0])))) == TOKENS
+        assert type(turns._models["tiny"].engine).__name__ == "StepLoop"
+    (event,), fields = said.warning.call_args
+    assert event.startswith("no batching")
+    assert "log probability" in fields["why"]
+
+
+def test_words_come_out_of_a_batch(worker: ModelWorker) -> None:
+    deltas: list[Delta] = []
+
+    async def read() -> None:
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        deltas.extend([delta async for delta in worker.generate(GenerateJob(m.Generate(1, "tiny", prompt=WORDS, params=params)))])
+
+    asyncio.run(read())
+    ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    checkpoint = worker._models["tiny"].checkpoint
+    assert "".join(delta.text for delta in deltas) == checkpoint.decode(ids).rstrip("\ufffd")
