@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -406,6 +408,22 @@ def test_a_signal_drains_the_process_and_it_exits_with_0(controller: FakeControl
                 got.append(controller.expect(m.MORE, m.DRAINING, m.DONE))
             assert m.DRAINING in {each.head.kind for each in got}
             assert len(chunks_of(got, 1)) == 29
+            controller.expect(m.BYE)
+            assert worker.wait(WAIT_S) == 0
+        finally:
+            worker.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have ids of their own only there")
+def test_a_signal_that_another_thread_gets_drains_the_process_too(controller: FakeController) -> None:
+    """Which thread gets it is the kernel's choice, and Python runs handlers in the main thread only, when that wakes up."""
+    with process(controller) as worker:
+        try:
+            controller.register(timeout_s=30)
+            thread = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/task"))
+            assert thread != worker.pid
+            assert ctypes.CDLL(None).tgkill(worker.pid, thread, signal.SIGTERM) == 0
+            controller.expect(m.DRAINING)
             controller.expect(m.BYE)
             assert worker.wait(WAIT_S) == 0
         finally:

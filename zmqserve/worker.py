@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
 
@@ -40,6 +41,8 @@ from .sockets import SocketLimits, check_endpoint
 log = Logger("zmqserve.worker")
 ENGINE_JOIN_S = 5.0
 """How long the end waits for an engine that may be hung; its thread is a daemon."""
+SIGNAL_S = 0.25
+"""How late a signal may be noticed that another thread than the main one got."""
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,10 @@ class BaseModelWorker(ABC):
         """Wait until it has ended, as after a drain. Raises what ended it, if it was not asked to, or TimeoutError."""
         if self._links is None:
             return
-        self._links.join(timeout_s)
+        until_s = inf if timeout_s is None else time.monotonic() + timeout_s
+        # A signal wakes this thread only if the kernel hands it to this one of all threads, and not all kernels do.
+        while self._links.is_alive() and (left_s := until_s - time.monotonic()) > 0:
+            self._links.join(min(left_s, SIGNAL_S))
         if self._links.is_alive():
             raise TimeoutError(f"worker {self.name} has not ended within {timeout_s} s")
         self.stop()
