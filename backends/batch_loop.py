@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from inspect import signature
 from itertools import count
 from typing import Any
@@ -24,13 +25,19 @@ from .sequences import Token, TokenSequence, hand_over
 log = Logger("zmqserve.transformers")
 
 
+MOST_BREAKS = 5
+"""So often in a row the library's loop may break without a step before the model is given up, as after a CUDA error that lasts."""
+BREAK_S = 0.1
+"""Between two of them."""
+
+
 class BatchLoop(threading.Thread):
     """A SequenceEngine. At most `most` sequences are in the batch at once, the others wait.
 
     An error in the forward breaks the library's loop and fails all that is in it. Here the loop goes on: what was in the batch
     is tried again from its ids so far, each alone for one token; one that breaks the loop when it is alone fails, the others
     come together again. If they break it although each runs alone (memory), half as many may run together from then on.
-    Raises what the library raises for a model that it cannot batch.
+    Raises what the library raises for a model that it cannot batch. `on_death`: what to call, from its thread, when it can make no more.
     """
 
     def __init__(self, name: str, checkpoint: Checkpoint, size: CacheSize, most: int) -> None:
@@ -49,6 +56,8 @@ class BatchLoop(threading.Thread):
         self._tried: list[TokenSequence] = []
         self._serving = False
         self._closing = threading.Event()
+        self._breaks = 0
+        self.on_death: Callable[[Exception], object] | None = None
         self._stepped_s = 0.0
         self._rows = RowSampling(self._running, self._began)
         self._manager = self._make_manager(checkpoint, size)
@@ -125,8 +134,18 @@ class BatchLoop(threading.Thread):
                 error = manager.background_thread_status.fatal_error
             except Exception as raised:  # noqa: BLE001 - it broke while it was cleaning up
                 error = raised
-            if not self._closing.is_set():
-                self._recover(error or BackendError("the batching loop ended by itself"))
+            if self._closing.is_set():
+                break
+            error = error or BackendError("the batching loop ended by itself")
+            stepped = self._recover(error)
+            self._breaks = 0 if stepped else self._breaks + 1
+            if self._breaks >= MOST_BREAKS and self.on_death is not None:
+                self.on_death(BackendError(f"the model cannot run any more, the worker ends: {type(error).__name__}: {error}"))
+                break
+            # What its frames hold of the step that failed would be missing in the next ones.
+            error = None
+            if not stepped:
+                self._closing.wait(BREAK_S)
         with self._lock:
             left = [*self._running.values(), *self._waiting, *self._to_try, *self._tried]
             self._running.clear()
@@ -207,9 +226,10 @@ class BatchLoop(threading.Thread):
         if sequence is not None:
             hand_over([(sequence, error)])
 
-    def _recover(self, error: Exception) -> None:
-        """The loop broke. Nothing is in the batch any more."""
+    def _recover(self, error: Exception) -> bool:
+        """The loop broke; returns whether a step had begun in it. Nothing is in the batch any more."""
         with self._lock:
+            stepped = bool(self._in_batch)
             self._serving = False
             suspects = [self._running.pop(request) for request in self._in_batch if request in self._running]
             # Broken before its first forward, or between two: it may have been any of them.
@@ -228,7 +248,8 @@ class BatchLoop(threading.Thread):
                 self._to_try.extend(suspects)
                 self._limit = (len(suspects) + 1) // 2 if self._broke_before(suspects) else self._limit
         log.error("a step failed", batch=len(suspects), exc_info=error)
-        hand_over((sequence, error) for sequence in failed)
+        hand_over((sequence, error.with_traceback(None)) for sequence in failed)
+        return stepped
 
     def _broke_before(self, suspects: list[TokenSequence]) -> bool:
         """Whether each of them has run alone since the loop broke for the last time: then it is their number that breaks it."""

@@ -18,10 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 from transformers.utils.hub import cached_file
 
-from zmqserve.errors import InvalidParameter
-
 from .checkpoint import device_of, dtype_of, explained, fingerprint_of, quiet
 from .model_errors import missing_libraries, unavailable
+from .truncation import check_truncation
 
 LAYOUT = "modules.json"
 """The file that makes a directory one of sentence-transformers."""
@@ -71,9 +70,7 @@ class EmbeddingModel:
         cut: dict[str, Any] = {}
         if truncate_tokens is not None:
             special = self.tokenizer.num_special_tokens_to_add(pair=False)
-            if truncate_tokens <= special:
-                why = f"truncate_tokens must be more than the {special} special tokens that each text gets, got {truncate_tokens}"
-                raise InvalidParameter(why, data={"parameter": "truncate_tokens"})
+            check_truncation(truncate_tokens, special)
             cut = {"truncation": True, "max_length": truncate_tokens}
         columns = self.tokenizer([self.prompt + text for text in texts], padding=False, return_attention_mask=True, verbose=False, **cut)
         ids = columns["input_ids"]

@@ -93,10 +93,12 @@ class _Reader:
             raise self._blame.broken("the stream ended before the answer did: it gave no finish_reason", transient=not self.started)
         if self._params.logprobs is not None and self.started and not all(choice.logprobs_seen for choice in self._choices):
             raise self._blame.ignored("logprobs")
-        used = self._job.prompt_tokens + self._job.completion_tokens
+        # Ids of deltas that have not left are not counted there yet.
+        made = self._job.completion_tokens + sum(len(delta.token_ids) for delta in self._last)
+        used = self._job.prompt_tokens + made
         wanted = self._params.max_tokens
         cut_short = self._params.n == 1 and self._choices[0].reason == "length" and wanted is not None
-        if cut_short and wanted is not None and self._job.completion_tokens < wanted and used >= self._context_length > 0:
+        if cut_short and wanted is not None and made < wanted and used >= self._context_length > 0:
             raise self._blame.overflow(self._job.prompt_tokens, wanted, self._context_length)
         return self._last
 

@@ -43,9 +43,11 @@ class HuggingfaceApiWorker(BaseModelWorker):
     """Serves hosted models, each as its HostedModel says: several from a registry file, or the one that `config.model` names.
 
     Upstreams may be down when it starts: they are asked when a request comes. A model's `slots` bound the requests that its upstream
-    gets at one time, the worker's (by default their sum) those of all. Chat models take messages only, text generation models a prompt
-    only. Answers have no token ids, but for text generation's, and cannot be resumed. Usage is what the upstream tells, 0 where it
-    tells nothing (feature extraction, an answer that was cancelled). An upstream that fills in max_tokens has its own default.
+    gets at one time, the worker's (by default their sum) those of all: what waits for a busy upstream holds slots that others could
+    use, so one that is slow or often full is better served by a worker of its own. Chat models take messages only, text generation
+    models a prompt only. Answers have no token ids, but for text generation's, and cannot be resumed. Usage is what the upstream
+    tells, 0 where it tells nothing (feature extraction, an answer that was cancelled). An upstream that fills in max_tokens has its
+    own default.
     """
 
     backend: ClassVar[str] = "hf"
@@ -78,7 +80,7 @@ class HuggingfaceApiWorker(BaseModelWorker):
         )
         add("--extra", action="append", metavar="PARAMETER", choices=sorted(EXTRAS), help="a parameter that it takes too; may be repeated")
         add("--token-env", metavar="NAME", help="environment variable with the token (default: none for --endpoint, else the saved login)")
-        add("--token-file", metavar="FILE", help="file with the token, readable by its owner only")
+        add("--token-file", metavar="FILE", help="file with the token, closed to other users")
         add("--context-length", type=int, metavar="N", help="tokens of prompt and answer (default: not known)")
         add("--retries", type=int, metavar="N", help="how often a request is tried again before its first token (default 3)")
         add("--connect-timeout", dest="connect_timeout_s", type=float, metavar="S", help="what connecting may take (default 5)")

@@ -31,7 +31,10 @@ def with_adapter(base: Checkpoint, name: str, path: str) -> Checkpoint:
         # Sizes that do not match are in the report too: the library's error says only that there are some.
         report = model.load_adapter(str(directory), adapter_name=_ONE, ignore_mismatched_sizes=True)
         _check_complete(name, path, model, before, report)
-    model = model.to(device=base.device, dtype=base.model.dtype).eval().requires_grad_(False)
+    model = model.to(device=base.device).eval().requires_grad_(False)
+    # Parameters only: the frequencies of rotary positions are buffers, and float32 whatever the model's dtype.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(base.model.dtype)
     # Its rank and its strength are in no weight.
     return replace(base, model=model, adapter=json.dumps(settings, sort_keys=True))
 

@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from zmqserve.errors import BackendError
 from zmqserve.params import SamplingParams
 
 _GREEDY_BELOW = 1e-5
@@ -109,6 +110,9 @@ class Sampler:
     def pick(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
         """The next token after `ids` (1, n), from `logits` (1, vocabulary), which stay as they are."""
         scores = self._processors(ids, logits)
+        # A draw from them would be an assertion on the GPU, which no later request of this process survives.
+        if not torch.isfinite(scores.max()):
+            raise BackendError("the token cannot be chosen: after the request's penalties the model's logits are not finite")
         if self.greedy:
             return int(scores.argmax(dim=-1))
         self._generator.manual_seed(draw_seed(self._seed, ids.shape[1] - self._prompt_tokens))

@@ -90,7 +90,12 @@ class TokenSequence:
 
 
 class SequenceEngine(Protocol):
-    """A thread that makes the tokens of all sequences."""
+    """A thread that makes the tokens of all sequences.
+
+    `on_death`: what to call, from that thread, if it notices that it can make no more.
+    """
+
+    on_death: Callable[[Exception], object] | None
 
     def open(self, sequence: TokenSequence) -> None:
         """Begin. From any thread. Raises BackendError if it is stopping."""

@@ -27,6 +27,7 @@ class StepLoop(threading.Thread):
 
     def __init__(self, name: str, begin: Callable[[TokenSequence], Steps]) -> None:
         super().__init__(name=name, daemon=True)
+        self.on_death: Callable[[Exception], object] | None = None
         self._begin = begin
         self._changed = threading.Condition()
         self._opened: list[TokenSequence] = []

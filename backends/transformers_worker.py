@@ -13,7 +13,6 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from zmqserve.answers import Job
@@ -115,6 +114,7 @@ class ModelWorker(BaseModelWorker):
         # None: its prompt is still being made into ids.
         self._generations: dict[Job, Generation | None] = {}
         self._paused: dict[Job, Generation] = {}
+        self._looking: asyncio.TimerHandle | None = None
 
     @classmethod
     def add_arguments(cls, parser: argparse._ArgumentGroup) -> None:
@@ -146,7 +146,7 @@ class ModelWorker(BaseModelWorker):
     @property
     def model_name(self) -> str:
         """The name that clients use: `config.served_name`, or the last part of the path or id."""
-        return self.config.served_name or Path(self.config.model).expanduser().resolve().name
+        return self.config.served_name or os.path.basename(os.path.abspath(os.path.expanduser(self.config.model)))
 
     def load(self) -> list[ModelCard]:
         check_adapters(self._lora, self.model_name)
@@ -185,6 +185,8 @@ class ModelWorker(BaseModelWorker):
         except BaseException:
             self.close()
             raise
+        for model in self._models.values():
+            model.engine.on_death = self._fail
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name} tokenizer")
         log.info("loaded", model=self.model_name, device=str(loaded.device), dtype=str(loaded.model.dtype), threads=torch.get_num_threads())
         return cards
@@ -217,7 +219,7 @@ class ModelWorker(BaseModelWorker):
         """Without a task per request: what a step made of all of them is emitted in one turn of the event loop."""
         model, tokenizing = self._parts(job.request.model)
         self._generations[job] = None
-        preparing = asyncio.get_running_loop().run_in_executor(tokenizing, model.prepare, job)
+        preparing = asyncio.get_running_loop().run_in_executor(tokenizing, self._prepare, job, model)
         preparing.add_done_callback(partial(self._prepared, job, model))
 
     def abandon(self, job: Job) -> None:
@@ -267,9 +269,13 @@ class ModelWorker(BaseModelWorker):
             raise BackendError(f"model {name!r} is not loaded")
         return model, self._tokenizing
 
+    def _prepare(self, job: Job, model: LoadedModel) -> Generation | None:
+        """On the tokenizer's thread. None if nobody wants it any more: what was cancelled must not keep others waiting."""
+        return model.prepare(job) if job in self._generations else None
+
     # --- jobs on the event loop -------------------------------------------------------------------
 
-    def _prepared(self, job: Job, model: LoadedModel, preparing: asyncio.Future[Generation]) -> None:
+    def _prepared(self, job: Job, model: LoadedModel, preparing: asyncio.Future[Generation | None]) -> None:
         if preparing.cancelled():
             self._fail_job(job, BackendError("the worker is stopping"))
             return
@@ -280,6 +286,8 @@ class ModelWorker(BaseModelWorker):
             self._fail_job(job, failure if isinstance(failure, Exception) else BackendError(repr(failure)))
             return
         generation = preparing.result()
+        if generation is None:
+            return
         self._generations[job] = generation
         try:
             generation.start(model.engine, partial(self._emit, job, generation))
@@ -309,8 +317,8 @@ class ModelWorker(BaseModelWorker):
     def _pause(self, job: Job, generation: Generation) -> None:
         """What is made for a controller that does not take it would pile up. In a batch nobody can wait: it leaves, and comes back."""
         generation.pause()
-        if not self._paused:
-            asyncio.get_running_loop().call_later(CONGESTED_WAIT_S, self._look)
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(CONGESTED_WAIT_S, self._look)
         self._paused[job] = generation
 
     def _look(self) -> None:
@@ -322,8 +330,7 @@ class ModelWorker(BaseModelWorker):
                     generation.go_on()
                 except Exception as error:  # noqa: BLE001 - the same
                     self._fail_job(job, error)
-        if self._paused:
-            asyncio.get_running_loop().call_later(CONGESTED_WAIT_S, self._look)
+        self._looking = asyncio.get_running_loop().call_later(CONGESTED_WAIT_S, self._look) if self._paused else None
 
 
 def _spare_threads() -> int | None:

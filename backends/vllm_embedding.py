@@ -30,8 +30,14 @@ async def embed(engine: Any, texts: list[list[int]], params: EmbedParams, lora: 
     cut = params.dimensions
     # Cut first, then normalise: so vLLM must not do the second.
     activation = False if cut is not None else params.normalize
-    rows = await asyncio.gather(*(_pooled(engine, ids, PoolingParams(task="embed", use_activation=activation), lora) for ids in texts))
-    matrix = np.stack(rows)
+    pooling = PoolingParams(task="embed", use_activation=activation)
+    try:
+        # One that fails ends the others: nobody wants them then.
+        async with asyncio.TaskGroup() as group:
+            rows = [group.create_task(_pooled(engine, ids, pooling.clone(), lora)) for ids in texts]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    matrix = np.stack([row.result() for row in rows])
     if cut is not None:
         if cut > matrix.shape[1]:
             text = f"dimensions must be at most {matrix.shape[1]}, the model's own; got {cut}"

@@ -25,7 +25,13 @@ LOOK_S = 0.25
 """How often a live engine is asked whether it is well; a dead process is noticed at once."""
 SHUTDOWN_S = 1.0
 """What an engine process gets to end by itself, when nobody waits for its answers any more."""
-_OURS = {"model": "--model", "served_model_name": "--name"}
+_NOT_TAKEN = {
+    "model": "--model says it",
+    "served_model_name": "--name says it",
+    "disable_log_stats": "heartbeats tell what vLLM's statistics say",
+    "max_num_queued_reqs": "controllers bound the queue",
+    "max_num_queued_tokens": "controllers bound the queue",
+}
 
 
 class EngineFigures:
@@ -142,8 +148,8 @@ def parsed(kind: Any, source: str, given: Mapping[str, str], defaults: Mapping[s
     argv: list[str] = []
     for name, value in given.items():
         argument, _, inner = name.replace("-", "_").partition(".")
-        if argument in _OURS:
-            raise _refused(name, f"is not taken: {_OURS[argument]} says it")
+        if argument in _NOT_TAKEN:
+            raise _refused(name, f"is not taken: {_NOT_TAKEN[argument]}")
         option = "--" + argument.replace("_", "-")
         action = parser._option_string_actions.get(option)
         if argument not in known or action is None:
@@ -159,8 +165,9 @@ def parsed(kind: Any, source: str, given: Mapping[str, str], defaults: Mapping[s
             argv.append(f"{option}={value}")
     read = parser.parse_args(argv)
     read.model = source
+    said = {name.replace("-", "_") for name in given}
     for name, value in defaults.items():
-        if name not in given:
+        if name not in said:
             setattr(read, name, value)
     return kind.from_cli_args(read)
 

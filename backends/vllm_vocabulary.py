@@ -10,6 +10,8 @@ from typing import Any
 from zmqserve.errors import ContextOverflow, InvalidParameter, Unsupported
 from zmqserve.messages import CountTokens, Generate, unpack_ids
 
+from .truncation import check_truncation
+
 MOST_KNOWN_TEXTS = 65536
 """Tokens whose text is kept, for logprobs."""
 
@@ -62,9 +64,13 @@ class ModelVocabulary:
         return ids
 
     def encode_text(self, text: str, most: int | None) -> list[int]:
-        """Ids of a text to embed; no more than `most`, among them the special tokens that the model expects."""
+        """Ids of a text to embed; no more than `most`, among them the special tokens that the model expects.
+
+        InvalidParameter if so few leave nothing of a text.
+        """
         if most is None:
             return list(self._tokenizer(text)["input_ids"])
+        check_truncation(most, self._tokenizer.num_special_tokens_to_add(pair=False))
         return list(self._tokenizer(text, truncation=True, max_length=most)["input_ids"])
 
     def known(self, packed: bytes, name: str) -> list[int]:

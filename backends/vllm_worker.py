@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -23,6 +22,7 @@ from zmqserve.errors import BackendError, InvalidParameter
 from zmqserve.jobs import Delta, GenerateJob, Vectors
 from zmqserve.logs import Logger
 from zmqserve.messages import CountTokens, Embed, ModelCard
+from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
 from zmqserve.worker import BaseModelWorker, WorkerConfig
 
@@ -39,6 +39,8 @@ from .vllm_vocabulary import ModelVocabulary, room
 log = Logger("zmqserve.vllm")
 MOST_LOGPROBS = 100
 """What a request may ask for (params.py); vLLM's own default is 20."""
+MOST_STOP_IDS = 128
+"""What vLLM's sampler for GPUs takes with min_tokens."""
 LOOP_S = 10.0
 """What an event loop with nothing to do may take to answer."""
 
@@ -109,7 +111,7 @@ class VLLMWorker(BaseModelWorker):
     @property
     def model_name(self) -> str:
         """The name that clients use: `config.served_name`, or the last part of the path or id."""
-        return self.config.served_name or Path(self.config.model).expanduser().resolve().name
+        return self.config.served_name or os.path.basename(os.path.abspath(os.path.expanduser(self.config.model)))
 
     def load(self) -> list[ModelCard]:
         version = vllm_engine.library()
@@ -213,6 +215,9 @@ class VLLMWorker(BaseModelWorker):
         try:
             return await embed(loaded.engine, texts, request.params, loaded.loras.get(request.model))
         except Exception as error:
+            if loaded.engine.errored:
+                # The worker ends, and the request goes on elsewhere.
+                await asyncio.get_running_loop().create_future()
             raise refused(error, "params") from error
         finally:
             self._embedding -= 1
@@ -286,6 +291,7 @@ def _prepare(loaded: Loaded, job: GenerateJob) -> Asked:
     prompt = vocabulary.encode(request)
     job.prompt_tokens = len(prompt)
     max_tokens = room(len(prompt), params.max_tokens, loaded.context_length)
+    _check_stops(params, vocabulary.size, loaded.ends)
     echo = vocabulary.echo(request, prompt) if params.echo else ""
     choices = []
     for _ in range(params.n):
@@ -298,6 +304,18 @@ def _prepare(loaded: Loaded, job: GenerateJob) -> Asked:
         return Asked([], choices, [], complete)
     wanted = [sampling(params, max_tokens, index=index, received=len(received)) for index in range(params.n)]
     return Asked([*prompt, *received], choices, wanted, None)
+
+
+def _check_stops(params: SamplingParams, size: int, ends: Collection[int]) -> None:
+    """Refuse stop ids that vLLM's engine process would not survive: not all versions check them before they get there."""
+    ids = params.stop_token_ids
+    why = ""
+    if max(ids, default=0) >= size:
+        why = f"holds {max(ids)}, but the model's ids end at {size - 1}"
+    elif params.min_tokens and len({*ids, *ends}) > MOST_STOP_IDS:
+        why = f"must be at most {MOST_STOP_IDS} ids beside min_tokens, the model's {len(ends)} ends among them; got {len(ids)}"
+    if why:
+        raise InvalidParameter(f"stop_token_ids {why}", data={"parameter": "stop_token_ids"})
 
 
 def _encode_texts(loaded: Loaded, request: Embed) -> list[list[int]]:

@@ -52,6 +52,18 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: str(make_adapter(model_dir, root / name, seed)) for seed, name in enumerate(("poet", "clerk"))}
 
 
+def test_an_adapter_that_changes_nothing_changes_nothing_in_bfloat16(model_dir: Path, tmp_path: Path) -> None:
+    """The positions of a long text are in float32 buffers, which must stay so beside weights in bfloat16."""
+    from zmqserve.backends import checkpoint, lora_model
+
+    identity = make_adapter(model_dir, tmp_path / "identity", 0, init_lora_weights=True)
+    base = checkpoint.load(str(model_dir), device="cpu", dtype="bfloat16")
+    adapted = lora_model.with_adapter(base, "identity", str(identity))
+    ids = torch.arange(120)[None] % 100 + 5
+    with torch.inference_mode():
+        assert torch.equal(base.forward(ids, None)[0], adapted.forward(ids, None)[0])
+
+
 def expected_of(model_dir: Path, adapter: str | None) -> list[int]:
     """What transformers and peft generate."""
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .fakes.tiny_llama import CONTEXT, WORDS, make_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from zmqserve.backends.loaded_model import LoadedModel  # noqa: E402 - it imports torch
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -205,6 +208,39 @@ def test_where_every_forward_breaks_all_fail_with_the_cause_and_later_ones_work(
     assert all(isinstance(ids, list) for ids in asyncio.run(together(worker, PROMPTS)))
 
 
+def test_a_model_that_can_run_no_more_ends_its_worker(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a CUDA error that lasts, what the library does before a step fails, too: its loop would break for ever."""
+    with loaded(model_dir) as worker:
+        engine: Any = worker._models["tiny"].engine
+        died: Future[Exception] = Future()
+        engine.on_death = died.set_result
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("device-side assert")
+
+        monkeypatch.setattr(engine._manager.batch_processor, "reset", broken)
+        monkeypatch.setattr(worker._models["tiny"].checkpoint.model, "forward", broken)
+        (failed,) = asyncio.run(together(worker, PROMPTS[:1]))
+        assert "device-side assert" in str(failed)
+        assert "device-side assert" in str(died.result(10))
+        engine.join(5)
+        assert not engine.is_alive()
+
+
+def test_logits_that_no_token_can_be_drawn_from_fail_the_request_alone(worker: ModelWorker) -> None:
+    """On a GPU the draw would be an assertion that ends all."""
+    expected = asyncio.run(together(worker, PROMPTS[:1]))
+
+    async def both() -> list[Any]:
+        bad = job_of(PROMPTS[1], temperature=1.0, repetition_penalty=1e-300)
+        return list(await asyncio.gather(ids_of(worker, job_of(PROMPTS[0])), ids_of(worker, bad), return_exceptions=True))
+
+    good, failed = asyncio.run(both())
+    assert [good] == expected
+    assert isinstance(failed, BackendError)
+    assert "not finite" in failed.message
+
+
 def test_a_request_that_is_cancelled_while_the_batch_is_tried_again_does_not_hold_it_up(worker: ModelWorker) -> None:
     expected = alone(worker)
     broken = iter([True])
@@ -285,6 +321,33 @@ def test_a_job_whose_controller_takes_nothing_waits_outside_the_batch(worker: Mo
         return [token_id for delta in job.deltas for token_id in delta.token_ids]
 
     assert asyncio.run(scene()) == expected[0]
+
+
+def test_an_abandoned_job_is_not_tokenized(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or those that were cancelled in a hurry would keep the next ones waiting."""
+    gate = threading.Event()
+    prepared: list[object] = []
+    own = LoadedModel.prepare
+
+    def prepare(model: LoadedModel, job: GenerateJob) -> Any:
+        prepared.append(job)
+        gate.wait(10)
+        return own(model, job)
+
+    monkeypatch.setattr(LoadedModel, "prepare", prepare)
+
+    async def ask() -> None:
+        jobs: list[Any] = [job_of(PROMPTS[0]) for _ in range(5)]
+        for job in jobs:
+            worker.begin(job)
+        for job in jobs:
+            worker.abandon(job)
+        gate.set()
+        # Behind them on the tokenizer's thread.
+        await worker.count_tokens(m.CountTokens(1, "tiny", prompt="a"))
+
+    asyncio.run(ask())
+    assert len(prepared) <= 1
 
 
 def test_an_abandoned_job_gets_nothing_more(worker: ModelWorker) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from zmqserve.backends import vllm_worker
 from zmqserve.backends.vllm_adapters import adapters_of, allowed_rank
 from zmqserve.backends.vllm_engine import EngineFigures, split_arguments
 from zmqserve.backends.vllm_fingerprint import directory_of, fingerprint
-from zmqserve.backends.vllm_worker import VLLMWorker
+from zmqserve.backends.vllm_vocabulary import ModelVocabulary
+from zmqserve.backends.vllm_worker import VLLMWorker, _check_stops
 from zmqserve.errors import BackendError, InvalidParameter
+from zmqserve.messages import Embed
 from zmqserve.params import SamplingParams
 from zmqserve.worker import WorkerConfig
+
+from .fakes.tiny_bert import make_encoder
 
 
 def test_without_vllm_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +35,57 @@ def test_without_vllm_one_sentence_says_what_to_install(monkeypatch: pytest.Monk
 
 def test_every_parameter_is_honoured() -> None:
     assert set(SamplingParams.__struct_fields__) <= VLLMWorker.honours
+
+
+def test_stop_ids_that_would_end_the_engine_are_refused() -> None:
+    """Some versions of vLLM look at them in the engine's process only."""
+    _check_stops(SamplingParams(stop_token_ids=[9], min_tokens=1), size=10, ends={0, 1})
+    _check_stops(SamplingParams(stop_token_ids=list(range(500))), size=500, ends={0, 1})
+    for ids, size in (([10], 10), (list(range(2, 129)), 500)):
+        with pytest.raises(InvalidParameter) as caught:
+            _check_stops(SamplingParams(stop_token_ids=ids, min_tokens=1), size=size, ends={0, 1})
+        assert caught.value.parameter == "stop_token_ids"
+
+
+def test_texts_are_cut_as_transformers_cuts_them_or_the_parameter_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocabulary = ModelVocabulary(transformers.AutoTokenizer.from_pretrained(make_encoder(tmp_path / "tiny")), 120)
+    whole = vocabulary.encode_text("the small model", None)
+    assert vocabulary.encode_text("the small model", 3) == [*whole[:2], whole[-1]]
+    for most in (1, 2):
+        with pytest.raises(InvalidParameter) as caught:
+            vocabulary.encode_text("the small model", most)
+        assert caught.value.parameter == "truncate_tokens"
+
+
+def test_an_embedding_that_its_dead_engine_refuses_is_left_to_go_on_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is about to end: then its controllers give the request to another."""
+    worker = VLLMWorker(WorkerConfig(model="m"))
+    loaded = SimpleNamespace(
+        engine=SimpleNamespace(errored=True),
+        tokenizing=None,
+        figures=EngineFigures(),
+        outputs=(),
+        loras={},
+        vocabulary=None,
+        context_length=8,
+    )
+
+    async def failing(*_: object) -> None:
+        raise RuntimeError("engine dead")
+
+    monkeypatch.setattr(worker, "_loaded_parts", loaded)
+    monkeypatch.setattr(vllm_worker, "_encode_texts", lambda *_: [[1]])
+    monkeypatch.setattr(vllm_worker, "embed", failing)
+
+    async def ask() -> None:
+        task = asyncio.create_task(worker.embed(Embed(1, "m", texts=["a"])))
+        done, _ = await asyncio.wait([task], timeout=0.2)
+        assert not done
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(ask())
 
 
 def test_engine_arguments_are_names_and_values() -> None:
