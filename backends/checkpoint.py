@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from zmqserve.errors import InvalidParameter, Unsupported
+from zmqserve.errors import InvalidParameter
 
 from .model_errors import ModelUnavailable, unavailable
 
@@ -60,17 +60,6 @@ class Checkpoint:
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the special tokens that the tokenizer adds to one."""
         return list(self.tokenizer.encode(text, verbose=False))
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation in the tokenizer's own template, up to where the answer begins. InvalidParameter if it refuses them."""
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise Unsupported("the model's tokenizer has no chat template: send a prompt", data={"parameter": "messages"})
-        try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
-        except TemplateError as error:
-            raise InvalidParameter(f"the model's chat template refuses the messages: {error}", data={"parameter": "messages"}) from error
 
     def decode(self, ids: list[int]) -> str:
         """Their text, special tokens included."""

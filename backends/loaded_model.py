@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from zmqserve.errors import BackendError, ContextOverflow, InvalidParameter
+from zmqserve.errors import BackendError, InvalidParameter
 from zmqserve.jobs import GenerateJob
 from zmqserve.logs import Logger
-from zmqserve.messages import CountTokens, Generate, ModelCard, unpack_ids
+from zmqserve.messages import CountTokens, Generate, ModelCard
 from zmqserve.params import SamplingParams
 
 from .checkpoint import Checkpoint
 from .generation import Generation
+from .prompts import echo_of, known_ids, prompt_ids, room
 from .sampling import Sampler
 from .sequences import SequenceEngine, Token, TokenSequence
 from .single_steps import SingleSteps
@@ -60,38 +61,16 @@ class LoadedModel:
         request, params, checkpoint = job.request, job.request.params, self.checkpoint
         resume = request.resume
         if resume is not None:
-            self._known(resume.token_ids, "resume.token_ids")
+            known_ids(resume.token_ids, "resume.token_ids", checkpoint.embeddings)
         prompt = self.encode(request)
         job.prompt_tokens = len(prompt)
-        max_tokens = _room(len(prompt), params.max_tokens, self.context_length)
-        echo = ""
-        if params.echo:
-            skipped = checkpoint.special_ids if params.skip_special_tokens else ()
-            echo = request.prompt or checkpoint.decode([i for i in prompt if i not in skipped])
+        max_tokens = room(len(prompt), params.max_tokens, self.context_length) if self.context_length else params.max_tokens
+        echo = echo_of(request, prompt, checkpoint) if params.echo else ""
         return Generation(checkpoint, prompt, params, max_tokens, echo=echo, resume=resume)
 
     def encode(self, request: Generate | CountTokens) -> list[int]:
-        """On the tokenizer's thread: the prompt's ids, with the special tokens or the chat template that the model expects."""
-        if isinstance(request, Generate):
-            if request.resume is not None and request.resume.prompt_token_ids is not None:
-                return self._known(request.resume.prompt_token_ids, "resume.prompt_token_ids")
-            if request.token_ids is not None:
-                return self._known(request.token_ids, "token_ids")
-        if request.messages is not None:
-            ids = self.checkpoint.encode_chat([{"role": turn.role, "content": turn.content} for turn in request.messages])
-        else:
-            ids = self.checkpoint.encode(request.prompt or "")
-        if not ids:
-            raise InvalidParameter("the prompt has no tokens: there is nothing to answer", data={"parameter": "prompt"})
-        return ids
-
-    def _known(self, packed: bytes, name: str) -> list[int]:
-        """Ids that the model knows; InvalidParameter, which names the field, for others."""
-        ids = unpack_ids(packed)
-        if max(ids, default=0) >= self.checkpoint.embeddings:
-            message = f"{name} holds {max(ids)}, but the model's ids end at {self.checkpoint.embeddings - 1}"
-            raise InvalidParameter(message, data={"parameter": name})
-        return ids
+        """On the tokenizer's thread: see prompt_ids."""
+        return prompt_ids(request, self.checkpoint.tokenizer, self.checkpoint.encode, self.checkpoint.embeddings)
 
 
 def start_model(name: str, checkpoint: Checkpoint, *, slots: int, cache_tokens: int | None = None, engines: int = 1) -> LoadedModel:
@@ -179,15 +158,3 @@ def _difference(engine: SequenceEngine, checkpoint: Checkpoint, expected: list[t
 
 def _checked_ids(checkpoint: Checkpoint) -> list[int]:
     return [(7 * i + 5) % checkpoint.embeddings for i in range(_CHECKED_IDS)]
-
-
-def _room(prompt: int, wanted: int | None, context_length: int) -> int | None:
-    """How many tokens the answer may have at most: what was asked for, or all that the context leaves. Never less in silence."""
-    if not context_length:
-        return wanted
-    needed = prompt + (wanted or 1)
-    if needed > context_length:
-        answer = f"max_tokens {wanted}" if wanted else "an answer of at least 1"
-        message = f"the prompt's {prompt} tokens and {answer} make {needed}, over the model's context of {context_length} tokens"
-        raise ContextOverflow(message, data={"context_length": context_length, "tokens": needed})
-    return wanted or context_length - prompt

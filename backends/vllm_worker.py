@@ -28,13 +28,14 @@ from zmqserve.worker import BaseModelWorker, WorkerConfig
 
 from . import minilm, smollm2, vllm_engine
 from .adapters import check_adapters, parse_adapters
+from .prompts import echo_of, known_ids, room
 from .reader import Reader
 from .vllm_adapters import adapters_of, allowed_rank
 from .vllm_embedding import check_length, embed
 from .vllm_fingerprint import directory_of, fingerprint
 from .vllm_outputs import Choice, EngineOutputs
 from .vllm_params import refused, sampling, token_logprobs
-from .vllm_vocabulary import ModelVocabulary, room
+from .vllm_vocabulary import ModelVocabulary
 
 log = Logger("zmqserve.vllm")
 MOST_LOGPROBS = 100
@@ -287,12 +288,12 @@ def _prepare(loaded: Loaded, job: GenerateJob) -> Asked:
     vocabulary = loaded.vocabulary
     request, params = job.request, job.request.params
     resume = request.resume
-    received = [] if resume is None else vocabulary.known(resume.token_ids, "resume.token_ids")
+    received = [] if resume is None else known_ids(resume.token_ids, "resume.token_ids", vocabulary.size)
     prompt = vocabulary.encode(request)
     job.prompt_tokens = len(prompt)
     max_tokens = room(len(prompt), params.max_tokens, loaded.context_length)
     _check_stops(params, vocabulary.size, loaded.ends)
-    echo = vocabulary.echo(request, prompt) if params.echo else ""
+    echo = echo_of(request, prompt, vocabulary) if params.echo else ""
     choices = []
     for _ in range(params.n):
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else loaded.ends)}

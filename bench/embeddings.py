@@ -16,24 +16,20 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zmqserve import Client
 
+from .model_network import model_network
+
 MODEL = "all-minilm-l6-v2"
 CONCURRENCY = (1, 8, 64)
 PATIENCE_S = 120.0
-LOOK_S = 0.05
 WORDS = ["the", "of", "a", "model", "river", "small", "answer", "quick", "brown", "fox", "network", "message", "token", "vector"]
 KINDS = {"short": (3, 15), "long": (60, 180)}
 """Texts of so many words, drawn evenly between the two."""
@@ -56,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     figures: dict[str, dict[str, list[float]]] = {}
     largest = 0.0
     least = 1.0
-    with _network(args.threads) as endpoint, Client(endpoint) as client, ThreadPoolExecutor(max(CONCURRENCY)) as pool:
+    options = ("--device", "cpu", "--threads", str(args.threads))
+    with model_network(MODEL, *options) as endpoint, Client(endpoint) as client, ThreadPoolExecutor(max(CONCURRENCY)) as pool:
         for kind, count in counts.items():
             texts = _texts(kind, count)
             expected = encode(texts)
@@ -132,27 +129,3 @@ def _reference(threads: int) -> Callable[[Sequence[str]], Matrix]:
     torch.set_num_threads(threads)
     model: Any = SentenceTransformer(minilm.path_of(MODEL), device="cpu")
     return lambda texts: model.encode(list(texts), show_progress_bar=False)
-
-
-@contextmanager
-def _network(threads: int) -> Iterator[str]:
-    """A controller and a worker; gives the endpoint for clients."""
-    with tempfile.TemporaryDirectory(prefix="zmqserve-embeddings-") as folder, Path(folder, "log").open("wb+") as log:
-        clients, workers = f"ipc://{folder}/clients", f"ipc://{folder}/workers"
-        commands = (
-            ("controller", "--clients", clients, "--workers", workers),
-            ("worker", "transformers", "--model", MODEL, "--device", "cpu", "--threads", str(threads), "--controller", workers),
-        )
-        processes = [subprocess.Popen([sys.executable, "-m", "zmqserve", *command], stdout=log, stderr=log) for command in commands]
-        try:
-            with Client(clients, connect_timeout_s=PATIENCE_S) as client:
-                until_s = time.monotonic() + PATIENCE_S
-                while not any(worker.state == "ready" for worker in client.status().workers):
-                    if time.monotonic() > until_s or any(process.poll() is not None for process in processes):
-                        raise RuntimeError(f"the worker is not ready:\n{Path(log.name).read_text()}")
-                    time.sleep(LOOK_S)
-            yield clients
-        finally:
-            for process in reversed(processes):
-                process.terminate()
-                process.wait()
