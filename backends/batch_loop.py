@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from inspect import signature
 from itertools import count
@@ -19,25 +19,27 @@ from zmqserve.logs import Logger
 
 from .batch_cache import CacheSize
 from .checkpoint import Checkpoint
+from .engine_thread import BREAK_S, MOST_BREAKS
+from .model_errors import runs_no_more
 from .row_sampling import Outlet, RowSampling
 from .sequences import Token, TokenSequence, hand_over
+from .turns import Turns
 
 log = Logger("zmqserve.transformers")
 
-
-MOST_BREAKS = 5
-"""So often in a row the library's loop may break without a step before the model is given up, as after a CUDA error that lasts."""
-BREAK_S = 0.1
-"""Between two of them."""
+GROW_STEPS = 16
+"""After so many steps without a break one more may be in the batch than a break has left: what broke it may have gone."""
 
 
 class BatchLoop(threading.Thread):
-    """A SequenceEngine. At most `most` sequences are in the batch at once, the others wait.
+    """A SequenceEngine. At most `most` sequences are in the batch at once, the others wait. No request waits while another has several.
 
     An error in the forward breaks the library's loop and fails all that is in it. Here the loop goes on: what was in the batch
     is tried again from its ids so far, each alone for one token; one that breaks the loop when it is alone fails, the others
-    come together again. If they break it although each runs alone (memory), half as many may run together from then on.
-    Raises what the library raises for a model that it cannot batch. `on_death`: what to call, from its thread, when it can make no more.
+    come together again. If they break it although each runs alone (memory), half as many may run together from then on, and with
+    time more again. So a break costs each a step, and no two breaks with the same ones leave the batch as large.
+    Raises what the library raises for a model that it cannot batch. `on_death`: what to call, from its thread, when it can make no
+    more; what is open is left to whoever ends the worker then.
     """
 
     def __init__(self, name: str, checkpoint: Checkpoint, size: CacheSize, most: int) -> None:
@@ -48,7 +50,8 @@ class BatchLoop(threading.Thread):
         self._numbers = count()
         self._most = most
         self._limit = most
-        self._waiting: deque[TokenSequence] = deque()
+        self._good_steps = 0
+        self._waiting = Turns()
         self._running: dict[str, TokenSequence] = {}
         self._in_batch: list[str] = []
         self._trying = False
@@ -96,12 +99,13 @@ class BatchLoop(threading.Thread):
                 raise BackendError("the worker is stopping")
             if not self._busy():
                 self._stepped_s = time.monotonic()
-            self._waiting.append(sequence)
+            self._waiting.push(sequence)
             self._admit()
 
     def cancel(self, sequence: TokenSequence) -> None:
         sequence.wanted = False
         with self._lock:
+            self._waiting.discard(sequence)
             for request, running in self._running.items():
                 if running is sequence:
                     self._remove(request)
@@ -140,16 +144,17 @@ class BatchLoop(threading.Thread):
             stepped = self._recover(error)
             self._breaks = 0 if stepped else self._breaks + 1
             if self._breaks >= MOST_BREAKS and self.on_death is not None:
-                self.on_death(BackendError(f"the model cannot run any more, the worker ends: {type(error).__name__}: {error}"))
+                self.on_death(runs_no_more(error))
                 break
             # What its frames hold of the step that failed would be missing in the next ones.
             error = None
             if not stepped:
                 self._closing.wait(BREAK_S)
         with self._lock:
-            left = [*self._running.values(), *self._waiting, *self._to_try, *self._tried]
+            left = [*self._running.values(), *self._waiting.clear(), *self._to_try, *self._tried]
             self._running.clear()
-        hand_over((sequence, BackendError("the worker stopped before the answer was complete")) for sequence in left)
+        if self._closing.is_set():
+            hand_over((sequence, BackendError("the worker stopped before the answer was complete")) for sequence in left)
         manager.batch_processor = None
         if manager.model.config._attn_implementation != self._attention:
             # It may have been exchanged for one that knows of batches only.
@@ -170,12 +175,33 @@ class BatchLoop(threading.Thread):
             if self._running:
                 return
             self._trying = False
-            self._waiting.extendleft(reversed(self._tried))
+            self._waiting.push_back(self._tried)
             self._tried.clear()
+        places = self._places() if self._waiting else Counter()
         while self._waiting and len(self._running) < self._limit:
-            self._add(self._waiting.popleft())
+            request = self._waiting.least(places)
+            self._add(self._waiting.pop(request))
+            places[request] += 1
         if not self._running:
             self._limit = self._most
+
+    def _places(self) -> Counter[object]:
+        """How many each request has in the batch."""
+        return Counter(sequence.request for sequence in self._running.values())
+
+    def _make_room(self) -> None:
+        """A request that has no place gets one of those of the request that has the most, if these are several. Between two steps."""
+        while self._waiting and len(self._running) >= self._limit:
+            places = self._places()
+            greedy, most = places.most_common(1)[0]
+            poor = self._waiting.least(places)
+            if most < 2 or places[poor]:
+                break
+            # The one that came last: it has made the least, which is computed again when its turn comes.
+            request, last = next(each for each in reversed(self._running.items()) if each[1].request is greedy)
+            self._remove(request)
+            self._add(self._waiting.pop(poor))
+            self._waiting.push_back([last])
 
     def _add(self, sequence: TokenSequence) -> None:
         if not sequence.wanted:
@@ -214,7 +240,16 @@ class BatchLoop(threading.Thread):
                     self._remove(request)
                     self._tried.append(sequence)
             self._admit()
+            if not self._trying:
+                self._make_room()
+                self._grow()
         hand_over(made)
+
+    def _grow(self) -> None:
+        self._good_steps += 1
+        if self._good_steps >= GROW_STEPS and self._limit < self._most:
+            self._good_steps = 0
+            self._limit += 1
 
     def _failed(self, request: str, error: Exception) -> None:
         """One that was not accepted. Where the loop broke, this is called for all: `_recover` sees to them."""
@@ -231,6 +266,7 @@ class BatchLoop(threading.Thread):
         with self._lock:
             stepped = bool(self._in_batch)
             self._serving = False
+            self._good_steps = 0
             suspects = [self._running.pop(request) for request in self._in_batch if request in self._running]
             # Broken before its first forward, or between two: it may have been any of them.
             suspects = suspects or list(self._running.values())
@@ -240,7 +276,7 @@ class BatchLoop(threading.Thread):
             for request in self._running:
                 self._manager.cancel_request(request)
             self._running.clear()
-            self._waiting.extendleft(reversed(others))
+            self._waiting.push_back(others)
             self._in_batch = []
             failed = suspects if len(suspects) == 1 else []
             if len(suspects) > 1:

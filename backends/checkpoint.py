@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from zmqserve.errors import InvalidParameter
 
+from .guided import Grammars
+from .load_options import LoadOptions
 from .model_errors import ModelUnavailable, unavailable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,7 +32,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Checkpoint:
     """A model ready to run, in inference mode. `context_length` is in tokens, 0 if the model names no bound; `eos` ends an answer.
 
-    `adapter`: settings of the LoRA adapter in it, "" without one.
+    `grammars`: what answers can be held to; for one thread, which is not the tokenizer's: to compile takes long. `adapter`: settings of
+    the LoRA adapter in it, "" without one.
     """
 
     model: Any
@@ -38,6 +41,7 @@ class Checkpoint:
     device: torch.device
     context_length: int
     eos: frozenset[int]
+    grammars: Grammars
     adapter: str = ""
 
     def forward(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
@@ -65,6 +69,17 @@ class Checkpoint:
         """Their text, special tokens included."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text)
+
+    def text_of(self, token_id: int) -> str:
+        """The text of one token by itself, decoded once: with log probabilities many are told of at each token."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id])
+        return text
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        return {}
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -103,40 +118,31 @@ def fingerprint_of(model: Any, tokenizer: Any, facts: list[Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def load(
-    source: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    attention: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Checkpoint:
-    """Load from a local directory or the Hugging Face Hub. ``auto``: CUDA if there is any, else CPU; bfloat16 there, float32 here.
-
-    `attention`: transformers' name of an implementation; None: as the model and the library choose.
+def load(source: str, options: LoadOptions) -> Checkpoint:
+    """Load from a local directory or the Hugging Face Hub. dtype ``auto``: float32 on a CPU, else bfloat16.
 
     Raises ModelUnavailable, which says what is wrong with `source`, and InvalidParameter for a device or dtype that is none.
     """
-    where = device_of(device)
-    kind = dtype_of(dtype, where)
+    where = device_of(options.device)
+    kind = dtype_of(options.dtype, where)
     local = is_local(source)
     source = os.path.expanduser(source) if local else source
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    files = options.of_files
     loader: Any = AutoModelForCausalLM
     with explained(source, local=local), quiet(local=local):
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, **files)
         _check_kind(source, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        attended = {} if attention is None else {"attn_implementation": attention}
-        model, report = loader.from_pretrained(source, config=config, dtype=kind, output_loading_info=True, **attended, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **files)
+        model, report = loader.from_pretrained(source, config=config, dtype=kind, output_loading_info=True, **options.of_weights, **files)
         model = model.to(where).eval().requires_grad_(False)
     missing = sorted(report["missing_keys"])
     if missing:
         named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise unavailable(source, f"is incomplete: it lacks the weights {named} ({len(missing)} in all)")
     context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    return Checkpoint(model, tokenizer, where, int(context_length), _eos(model, tokenizer))
+    eos = _eos(model, tokenizer)
+    grammars = Grammars(tokenizer, model.get_input_embeddings().weight.shape[0], eos)
+    return Checkpoint(model, tokenizer, where, int(context_length), eos, grammars)
 
 
 def device_of(name: str) -> torch.device:

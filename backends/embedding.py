@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -26,17 +27,25 @@ CPU_BATCH = {"batch_tokens": 1024, "padding_tokens": 64}
 GPU_BATCH = {"batch_tokens": 16384, "padding_tokens": 4096}
 """A GPU is idle with less, and so little padding costs less than one more pass."""
 
+PROBE = "a"
+"""What any model that runs makes a vector of."""
+
 PIECE = 256
 """How many texts become tokens in one go: other requests' turn comes between."""
 
 
 class Embedder:
-    """Answers `embed` and `count_tokens` with `model`, on an event loop. Close it at the end."""
+    """Answers `embed` and `count_tokens` with `model`, on an event loop. Close it at the end.
 
-    def __init__(self, model: EmbeddingModel, name: str) -> None:
+    `on_death`: what to call, from another thread, if the model runs no more; what is asked then gets no answer.
+    """
+
+    def __init__(self, model: EmbeddingModel, name: str, *, on_death: Callable[[Exception], object]) -> None:
         self._model = model
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{name} tokenizer")
-        self._loop = EmbeddingLoop(f"{name} embeddings", model, **(CPU_BATCH if model.device.type == "cpu" else GPU_BATCH))
+        batches = CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
+        self._loop = EmbeddingLoop(f"{name} embeddings", model, model.rows([PROBE]), **batches)
+        self._loop.on_death = on_death
         self._loop.start()
 
     def card(self, name: str, source: str) -> ModelCard:
@@ -79,6 +88,10 @@ class Embedder:
     def step_age_s(self) -> float:
         """Seconds since the last batch ended; 0 when there is nothing to do."""
         return self._loop.age_s()
+
+    def waiting(self) -> int:
+        """Requests of which no text was in a batch yet. From any thread."""
+        return self._loop.waiting()
 
     def close(self) -> None:
         """End both threads."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from bisect import bisect_left
 from collections import deque
@@ -15,6 +14,9 @@ import numpy as np
 from zmqserve.errors import BackendError
 from zmqserve.jobs import Vectors
 from zmqserve.logs import Logger
+
+from .engine_thread import EngineThread
+from .model_errors import out_of_memory
 
 if TYPE_CHECKING:
     from .embedding_model import Row
@@ -30,10 +32,14 @@ class Encoder(Protocol):
 
 
 class Request:
-    """The texts of one request, and who waits for their vectors. `finish` makes the answer of them, on the loop's thread."""
+    """The texts of one request, and who waits for their vectors. `finish` makes the answer of them, on the loop's thread.
+
+    `begun`: one of them was in a batch.
+    """
 
     def __init__(self, rows: Sequence[Row], finish: Callable[[Matrix], Vectors]) -> None:
         self.wanted = True
+        self.begun = False
         self.left = deque(Text(self, position, row) for position, row in enumerate(rows))
         self.answer: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
         self._event_loop = asyncio.get_running_loop()
@@ -92,27 +98,32 @@ GATHER_SHARE = 0.1
 """Of a batch's time, what the next one may wait for as many texts. Who got answers asks again, and not all in one moment."""
 
 
-class EmbeddingLoop(threading.Thread):
+class EmbeddingLoop(EngineThread):
     """Batches the texts of all requests: the next text of the request whose turn it is, with those nearest to it in length.
 
     So every request goes on in its turn, however many texts another one has, and little is padding. `batch_tokens`: what a batch
     may have, padding included; a longer text goes alone. `padding_tokens`: how much of it may be padding. `gather_share`: see
     GATHER_SHARE; after a pause nobody waits. A batch that fails is tried again in halves, so that only the text that it fails with
-    fails its request.
+    fails its request. `probe`: rows whose vectors a model that fails with a text is asked for, see EngineThread.
     """
 
-    def __init__(self, name: str, model: Encoder, *, batch_tokens: int, padding_tokens: int, gather_share: float = GATHER_SHARE) -> None:
-        super().__init__(name=name, daemon=True)
+    def __init__(
+        self,
+        name: str,
+        model: Encoder,
+        probe: Sequence[Row],
+        *,
+        batch_tokens: int,
+        padding_tokens: int,
+        gather_share: float = GATHER_SHARE,
+    ) -> None:
+        super().__init__(name, lambda: model.vectors(probe))
         self._model = model
         self._batch_tokens = batch_tokens
         self._padding_tokens = padding_tokens
         self._gather_share = gather_share
-        self._changed = threading.Condition()
         self._opened: list[Request] = []
         self._dropped = False
-        self._closing = False
-        self._busy = False
-        self._stepped_s = 0.0
         self._count = 0
         self._batch_texts = 0
         self._gather_until_s = 0.0
@@ -134,17 +145,9 @@ class EmbeddingLoop(threading.Thread):
                 request.wanted = False
                 self._dropped = True
 
-    def age_s(self) -> float:
-        """Seconds since the last batch ended; 0 when there is nothing to do."""
-        return max(0.0, time.monotonic() - self._stepped_s) if self._busy else 0.0
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End the thread after its present batch; who still waits gets an error."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self.is_alive():
-            self.join(timeout_s)
+    def waiting(self) -> int:
+        """Requests of which no text was in a batch yet. From any thread."""
+        return sum(not request.begun for request in (*tuple(self._opened), *tuple(self._turns)))
 
     def run(self) -> None:
         """The thread."""
@@ -152,7 +155,8 @@ class EmbeddingLoop(threading.Thread):
             batch = self._next_batch()
             if batch:
                 began_s = time.monotonic()
-                self._compute(batch)
+                if not self._compute(batch):
+                    return
                 self._batch_texts = len(batch)
                 self._gather_until_s = self._stepped_s + self._gather_share * (self._stepped_s - began_s)
         for request in (*self._turns, *self._opened):
@@ -162,10 +166,7 @@ class EmbeddingLoop(threading.Thread):
         """Wait for something to do and take in what has come; False at the end."""
         with self._changed:
             if not self._turns:
-                self._busy = False
-                self._changed.wait_for(lambda: self._opened or self._closing)
-                self._stepped_s = time.monotonic()
-                self._busy = True
+                self._rest(until=lambda: self._opened)
             self._changed.wait_for(self._enough, max(0.0, self._gather_until_s - time.monotonic()))
             if self._closing:
                 return False
@@ -221,10 +222,11 @@ class EmbeddingLoop(threading.Thread):
         batch = waiting[low:high]
         del waiting[low:high]
         for text in batch:
-            text.taken = True
+            text.taken = text.request.begun = True
         return batch
 
-    def _compute(self, batch: list[Text]) -> None:
+    def _compute(self, batch: list[Text]) -> bool:
+        """Returns whether the model still runs."""
         parts = [batch]
         while parts:
             part = [text for text in parts.pop() if text.request.wanted]
@@ -232,6 +234,8 @@ class EmbeddingLoop(threading.Thread):
             if error is None:
                 continue
             if len(part) == 1:
+                if self._died_with(error):
+                    return False
                 part[0].request.fail(error)
                 self._dropped = True
             else:
@@ -240,6 +244,7 @@ class EmbeddingLoop(threading.Thread):
                 parts += [part[half:], part[:half]]
             # Its frames hold the memory of what was computed: the next part needs it.
             del error
+        return True
 
     def _try(self, batch: list[Text]) -> Exception | None:
         try:
@@ -254,7 +259,7 @@ class EmbeddingLoop(threading.Thread):
 
     def _note(self, batch: list[Text], error: Exception) -> None:
         tokens = len(batch) * max(text.row.length for text in batch)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own class is named so
+        if out_of_memory(error):
             self._batch_tokens = max(1, min(self._batch_tokens, tokens) // 2)
         why = f"{type(error).__name__}: {error}"
         log.warning("batch failed: again in halves", texts=len(batch), tokens=tokens, batch_tokens=self._batch_tokens, why=why)

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, 
 from transformers.utils.hub import cached_file
 
 from .checkpoint import device_of, dtype_of, explained, fingerprint_of, quiet
+from .load_options import LoadOptions
 from .model_errors import missing_libraries, unavailable
 from .truncation import check_truncation
 
@@ -96,16 +97,16 @@ class EmbeddingModel:
         return features
 
 
-def embeds(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+def embeds(source: str, options: LoadOptions) -> bool:
     """Whether `source` (a directory, or an id on the Hugging Face Hub) is a text embedding model.
 
     That is what has sentence-transformers' layout, or a text encoder with no head but that of its training.
     """
     source = os.path.expanduser(source)
     try:
-        if _has_layout(source, revision):
+        if _has_layout(source, options.revision):
             return True
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, **options.of_files)
     except Exception:  # noqa: BLE001 - who then loads it as a language model says what is wrong with it
         return False
     kinds: list[Any] = [types[type(config)] for types in _BODIES if type(config) in types]
@@ -113,28 +114,18 @@ def embeds(source: str, *, revision: str | None = None, trust_remote_code: bool 
     return bool(names & set(config.architectures or ())) and not config.is_encoder_decoder
 
 
-def load(
-    source: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    attention: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> EmbeddingModel:
+def load(source: str, options: LoadOptions) -> EmbeddingModel:
     """Load what `embeds`. dtype ``auto``: float32 on a CPU, elsewhere as the checkpoint is stored, as sentence-transformers does.
 
-    `attention`: transformers' name of an implementation; None: as the model and the library choose. Raises ModelUnavailable, which says
-    what is wrong with `source`, and InvalidParameter for a device or dtype that is none.
+    Raises ModelUnavailable, which says what is wrong with `source`, and InvalidParameter for a device or dtype that is none.
     """
-    where = device_of(device)
-    kind: Any = "auto" if dtype == "auto" and where.type != "cpu" else dtype_of(dtype, where)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    weights = {"dtype": kind, **({} if attention is None else {"attn_implementation": attention})}
+    where = device_of(options.device)
+    kind: Any = "auto" if options.dtype == "auto" and where.type != "cpu" else dtype_of(options.dtype, where)
+    weights = {"dtype": kind, **options.of_weights}
     source = os.path.expanduser(source)
     local = os.path.isdir(source)
     with explained(source, local=local), quiet(local=local):
-        return (_load_pipeline if _has_layout(source, revision) else _load_body)(source, where, options, weights)
+        return (_load_pipeline if _has_layout(source, options.revision) else _load_body)(source, where, options.of_files, weights)
 
 
 def _has_layout(source: str, revision: str | None) -> bool:
@@ -145,14 +136,14 @@ def _has_layout(source: str, revision: str | None) -> bool:
 # --- sentence-transformers' layout ----------------------------------------------------------------
 
 
-def _load_pipeline(source: str, device: torch.device, options: dict[str, Any], weights: dict[str, Any]) -> EmbeddingModel:
+def _load_pipeline(source: str, device: torch.device, files: dict[str, Any], weights: dict[str, Any]) -> EmbeddingModel:
     try:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Normalize, Transformer
     except ImportError as error:
         raise missing_libraries(error) from error
 
-    pipeline: Any = SentenceTransformer(source, device=str(device), model_kwargs=weights, **options)
+    pipeline: Any = SentenceTransformer(source, device=str(device), model_kwargs=weights, **files)
     pipeline.eval().requires_grad_(False)
     body: Any = pipeline[0]
     if not isinstance(body, Transformer) or set(body.modalities) != {"text"} or body.transformer_task != "feature-extraction":
@@ -192,13 +183,13 @@ def _load_pipeline(source: str, device: torch.device, options: dict[str, Any], w
 # --- a plain encoder ------------------------------------------------------------------------------
 
 
-def _load_body(source: str, device: torch.device, options: dict[str, Any], weights: dict[str, Any]) -> EmbeddingModel:
+def _load_body(source: str, device: torch.device, files: dict[str, Any], weights: dict[str, Any]) -> EmbeddingModel:
     loader: Any = AutoModel
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **files)
     _check_tokenizer(source, tokenizer)
     # Position 0 is a text's first token, whatever it stands beside.
     tokenizer.padding_side = "right"
-    body, report = loader.from_pretrained(source, output_loading_info=True, **weights, **options)
+    body, report = loader.from_pretrained(source, output_loading_info=True, **weights, **files)
     # Some checkpoints of bodies lack the pooler, which the mean does not use.
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:

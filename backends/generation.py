@@ -11,20 +11,25 @@ from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
 
 from .checkpoint import Checkpoint
+from .guided import Grammar, Guide
 from .reader import Reader
 from .sampling import Likelihood, Sampler
 from .sequences import SequenceEngine, Token, TokenSequence
 
 Emit = Callable[[Delta | Exception], None]
 
+STAY_TOKENS = 16
+"""What each choice makes at least between two pauses: to leave a batch and to come back into it costs as much as some steps."""
+
 
 class _Choice:
     """One of the answers. `made` are the ids read so far, `late` is text that leaves with the next."""
 
-    def __init__(self, index: int, reader: Reader, sampler: Sampler, late: str) -> None:
+    def __init__(self, index: int, reader: Reader, sampler: Sampler, guide: Guide | None, late: str) -> None:
         self.index = index
         self.reader = reader
         self.sampler = sampler
+        self.guide = guide
         self.late = late
         self.made: list[int] = []
         self.complete: str | None = None
@@ -36,6 +41,7 @@ class Generation:
 
     Made on any thread, started on an event loop. `echo` is text that comes before each answer. `resume`: go on after what was
     received of the answer already. Raises InvalidParameter if that cannot be. `cached_tokens` of the prompt were not computed again.
+    `grammar`: what the answers are held to; where it leaves nothing to say they end, whatever else is asked for.
     """
 
     def __init__(
@@ -47,17 +53,21 @@ class Generation:
         *,
         echo: str = "",
         resume: Resume | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._prompt = prompt
         self._params = params
         self._max_tokens = max_tokens
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else checkpoint.eos)
+        self._grammar = grammar
+        goes_past_eos = params.ignore_eos and grammar is None
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if goes_past_eos else checkpoint.eos)
         self._choices = [self._choice(index, echo) for index in range(params.n)]
         self._engine: SequenceEngine | None = None
         self._emit: Emit | None = None
         self._begun = False
         self._paused = False
+        self._since_pause = 0
         self.cached_tokens = 0
         if resume is not None:
             first = self._choices[0]
@@ -71,6 +81,17 @@ class Generation:
     def done(self) -> bool:
         """Whether all answers are complete."""
         return all(choice.complete is not None for choice in self._choices)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the engine has begun with none of it. From any thread."""
+        sequence = self._choices[0].sequence
+        return not self._begun and (sequence is None or sequence.cached_tokens < 0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has made so much since it last came into the engine that it may be paused."""
+        return self._since_pause >= STAY_TOKENS * len(self._choices)
 
     def start(self, engine: SequenceEngine, emit: Emit) -> None:
         """Begin: `emit` gets each delta, on this event loop, or at last what went wrong. Raises BackendError if the engine is stopping."""
@@ -91,6 +112,7 @@ class Generation:
     def go_on(self) -> None:
         """After a pause: from the ids so far."""
         self._paused = False
+        self._since_pause = 0
         for choice in self._choices if self._begun else self._choices[:1]:
             if choice.complete is None:
                 self._open(choice)
@@ -109,7 +131,12 @@ class Generation:
     def _choice(self, index: int, echo: str) -> _Choice:
         reader = Reader(self._checkpoint, self._prompt, self._params, self._ends, self._max_tokens)
         sampler = Sampler(self._params, len(self._prompt), self._ends, self._checkpoint.device, index)
-        return _Choice(index, reader, sampler, echo)
+        return _Choice(index, reader, sampler, self._guide(), echo)
+
+    def _guide(self) -> Guide | None:
+        if self._grammar is None:
+            return None
+        return Guide(self._grammar, self._checkpoint.eos, self._params.stop_token_ids, ignore_eos=self._params.ignore_eos)
 
     def _open(self, choice: _Choice) -> None:
         if self._engine is None:
@@ -122,6 +149,8 @@ class Generation:
             ends=self._ends,
             max_tokens=self._max_tokens,
             logprobs=self._params.logprobs,
+            request=self,
+            guide=choice.guide,
         )
         self._engine.open(choice.sequence)
 
@@ -149,6 +178,7 @@ class Generation:
             emit(error)
 
     def _read(self, choice: _Choice, token: Token) -> Delta:
+        self._since_pause += 1
         choice.made.append(token.token_id)
         text, choice.complete = choice.reader.read(token.token_id)
         text, choice.late = choice.late + text, ""
@@ -162,6 +192,6 @@ class Generation:
         choice.sequence = None
 
     def _logprob(self, token_id: int, likelihood: Likelihood) -> TokenLogprob:
-        decode = self._checkpoint.decode
-        top = [TopLogprob(i, decode([i]), logprob) for i, logprob in likelihood.top]
-        return TokenLogprob(token_id, decode([token_id]), likelihood.logprob, top)
+        text_of = self._checkpoint.text_of
+        top = [TopLogprob(i, text_of(i), logprob) for i, logprob in likelihood.top]
+        return TokenLogprob(token_id, text_of(token_id), likelihood.logprob, top)

@@ -38,7 +38,6 @@ class Upstream:
         self.model = model
         self._token = token
         self._blame = Blame(model, token)
-        self._room = asyncio.Semaphore(model.slots)
         self._session = new_session(model)
         self._found = False
         _check_provider(model, where)
@@ -57,18 +56,17 @@ class Upstream:
     async def answer(self, job: GenerateJob) -> AsyncGenerator[Delta, None]:
         """The deltas of an answer. Before its first token a request that fails is tried again."""
         plan = plan_of(self.model, job.request)
-        async with self._room:
-            for attempt in count(1):
-                kind = ChatReader if self.model.api == "chat" else TextReader
-                reader = kind(job, self._blame, self.model.context_length, plan.copies)
-                try:
-                    async with aclosing(self._stream(plan, reader)) as deltas:
-                        async for delta in deltas:
-                            for copy in reader.copied(delta):
-                                yield copy
-                    return
-                except Failure as failure:
-                    await self._pause(failure, attempt, job.deadline_s, started=reader.started)
+        for attempt in count(1):
+            kind = ChatReader if self.model.api == "chat" else TextReader
+            reader = kind(job, self._blame, self.model.context_length, plan.copies)
+            try:
+                async with aclosing(self._stream(plan, reader)) as deltas:
+                    async for delta in deltas:
+                        for copy in reader.copied(delta):
+                            yield copy
+                return
+            except Failure as failure:
+                await self._pause(failure, attempt, job.deadline_s, started=reader.started)
 
     async def embed(self, request: Embed) -> Vectors:
         """The vectors of the request's texts, asked for in batches."""
@@ -76,16 +74,15 @@ class Upstream:
         deadline_s = None if request.deadline_ms is None else time.monotonic() + request.deadline_ms / 1000
         rows: list[Any] = []
         prompt_tokens = 0
-        async with self._room:
-            for texts in batches(request.texts):
-                for attempt in count(1):
-                    try:
-                        array, used = await self._vectors(plan, texts)
-                        break
-                    except Failure as failure:
-                        await self._pause(failure, attempt, deadline_s, started=False)
-                rows.append(array)
-                prompt_tokens += used
+        for texts in batches(request.texts):
+            for attempt in count(1):
+                try:
+                    array, used = await self._vectors(plan, texts)
+                    break
+                except Failure as failure:
+                    await self._pause(failure, attempt, deadline_s, started=False)
+            rows.append(array)
+            prompt_tokens += used
         try:
             return stacked(rows, request, self._blame, prompt_tokens)
         except Failure as failure:

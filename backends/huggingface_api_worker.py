@@ -43,8 +43,8 @@ class HuggingfaceApiWorker(BaseModelWorker):
     """Serves hosted models, each as its HostedModel says: several from a registry file, or the one that `config.model` names.
 
     Upstreams may be down when it starts: they are asked when a request comes. A model's `slots` bound the requests that its upstream
-    gets at one time, the worker's (by default their sum) those of all: what waits for a busy upstream holds slots that others could
-    use, so one that is slow or often full is better served by a worker of its own. Chat models take messages only, text generation
+    gets at one time, the worker's (by default their sum) those of all: what waits for a busy upstream waits in the controller, and
+    holds no slot that another model could use. Chat models take messages only, text generation
     models a prompt only. Answers have no token ids, but for text generation's, and cannot be resumed. Usage is what the upstream
     tells, 0 where it tells nothing (feature extraction, an answer that was cancelled). An upstream that fills in max_tokens has its
     own default.
@@ -120,6 +120,7 @@ class HuggingfaceApiWorker(BaseModelWorker):
                     context_length=model.context_length,
                     verbs=[_VERBS[model.api], "model_details"],
                     aliases=model.aliases,
+                    slots=model.slots,
                     source=model.upstream_name,
                 )
             )

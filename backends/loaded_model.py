@@ -15,6 +15,7 @@ from zmqserve.params import SamplingParams
 
 from .checkpoint import Checkpoint
 from .generation import Generation
+from .guided import Grammar
 from .prompts import echo_of, known_ids, prompt_ids, room
 from .sampling import Sampler
 from .sequences import SequenceEngine, Token, TokenSequence
@@ -56,8 +57,11 @@ class LoadedModel:
             resume={} if repeats else {"greedy": "approximate", "seed": "approximate"},
         )
 
-    def prepare(self, job: GenerateJob) -> Generation:
-        """On the tokenizer's thread: the job's Generation. Raises InvalidParameter, Unsupported or ContextOverflow."""
+    def prepare(self, job: GenerateJob, grammar: Grammar | None = None) -> Generation:
+        """On the tokenizer's thread: the job's Generation. Raises InvalidParameter, Unsupported or ContextOverflow.
+
+        `grammar` is that of the job's `guided`: see Checkpoint.grammars.
+        """
         request, params, checkpoint = job.request, job.request.params, self.checkpoint
         resume = request.resume
         if resume is not None:
@@ -66,7 +70,7 @@ class LoadedModel:
         job.prompt_tokens = len(prompt)
         max_tokens = room(len(prompt), params.max_tokens, self.context_length) if self.context_length else params.max_tokens
         echo = echo_of(request, prompt, checkpoint) if params.echo else ""
-        return Generation(checkpoint, prompt, params, max_tokens, echo=echo, resume=resume)
+        return Generation(checkpoint, prompt, params, max_tokens, echo=echo, resume=resume, grammar=grammar)
 
     def encode(self, request: Generate | CountTokens) -> list[int]:
         """On the tokenizer's thread: see prompt_ids."""
@@ -95,7 +99,7 @@ def start_model(name: str, checkpoint: Checkpoint, *, slots: int, cache_tokens: 
             return LoadedModel(name, checkpoint, engine, context)
         engine.close()
     log.warning("no batching: sequences take turns", model=name, why=why)
-    turns = StepLoop(f"{name} steps", lambda sequence: SingleSteps(checkpoint, sequence))
+    turns = StepLoop(f"{name} steps", lambda sequence: SingleSteps(checkpoint, sequence), probe=checkpoint.warm_up)
     turns.start()
     return LoadedModel(name, checkpoint, turns, checkpoint.context_length)
 

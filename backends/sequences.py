@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .guided import Guide
 from .sampling import Likelihood, Sampler, likelihood
 
 _SPARE = 64
@@ -27,7 +28,8 @@ class TokenSequence:
     `logprobs`: how many of the likeliest tokens to tell with each; None: no likelihoods. `receive` gets each token, or at last
     what went wrong, on the event loop that was running when this was made. Its engine appends to `ids`, on its own thread;
     `wanted` turns false on the event loop, and nothing is received after that. `cached_tokens` of `ids` were found computed by
-    the engine. `trials`: how often the batch broke with it.
+    the engine; below 0: it has not begun with them. `trials`: how often the batch broke with it. `request`: what it is one of the
+    answers to; those of one request have one turn together. `guide`: holds the answer to a form.
     """
 
     def __init__(
@@ -40,16 +42,21 @@ class TokenSequence:
         ends: Collection[int] = (),
         max_tokens: int | None = None,
         logprobs: int | None = None,
+        request: object = None,
+        guide: Guide | None = None,
     ) -> None:
         self.ids = [*prompt, *made]
         self.ends = ends
         self.receive = receive
+        self.request = self if request is None else request
         self.loop = asyncio.get_running_loop()
         self.wanted = True
         self.cached_tokens = 0
         self.trials = 0
         self._most = None if max_tokens is None else len(prompt) + max_tokens
+        self._prompt_tokens = len(prompt)
         self._sampler = sampler
+        self._guide = guide
         self._logprobs = logprobs
         self._tensor: torch.Tensor | None = None
         self._copied = 0
@@ -65,11 +72,18 @@ class TokenSequence:
     @property
     def plain(self) -> bool:
         """Whether the next token is the likeliest and nothing else is to be told of it: `choose` need not be asked."""
-        return self._sampler.plain and self._logprobs is None
+        return self._sampler.plain and self._logprobs is None and self._guide is None
 
     def choose(self, logits: torch.Tensor) -> Token:
-        """The next token, from `logits` (1, vocabulary)."""
-        token_id = self._sampler.pick(self._as_tensor(logits.device), logits)
+        """The next token, from `logits` (1, vocabulary), which stay as they are.
+
+        What a form leaves out has no probability, in what is told of the likeliest too. Where it leaves nothing but the answer's end,
+        that comes, whatever else was asked for.
+        """
+        over = False
+        if self._guide is not None:
+            logits, over = self._guide.mask(self.ids[self._prompt_tokens :], logits)
+        token_id = int(logits.argmax()) if over else self._sampler.pick(self._as_tensor(logits.device), logits)
         return Token(token_id, None if self._logprobs is None else likelihood(logits, token_id, self._logprobs))
 
     def add(self, token: Token) -> bool:

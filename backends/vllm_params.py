@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -63,9 +64,12 @@ def refused(error: Exception, parameter: str) -> Exception:
 
 
 def token_logprobs(position: Mapping[int, Any], token_id: int, most: int, text_of: Callable[[int], str]) -> TokenLogprob:
-    """The chosen token's entry, with the `most` likeliest beside it. `position`: vLLM's logprobs by token id."""
+    """The chosen token's entry, with the `most` likeliest beside it. `position`: vLLM's logprobs by token id.
+
+    What could not come, as where a form left too few, is not told of.
+    """
     likeliest = sorted(position.items(), key=lambda item: (-item[1].logprob, item[1].rank or 0))[:most]
-    top = [TopLogprob(other, text_of(other), each.logprob) for other, each in likeliest]
+    top = [TopLogprob(other, text_of(other), each.logprob) for other, each in likeliest if each.logprob > -math.inf]
     return TokenLogprob(token_id, text_of(token_id), position[token_id].logprob, top)
 
 

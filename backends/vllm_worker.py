@@ -26,8 +26,9 @@ from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
 from zmqserve.worker import BaseModelWorker, WorkerConfig
 
-from . import minilm, smollm2, vllm_engine
+from . import vllm_engine
 from .adapters import check_adapters, parse_adapters
+from .named_models import path_of
 from .prompts import echo_of, known_ids, room
 from .reader import Reader
 from .vllm_adapters import adapters_of, allowed_rank
@@ -116,7 +117,7 @@ class VLLMWorker(BaseModelWorker):
 
     def load(self) -> list[ModelCard]:
         version = vllm_engine.library()
-        source = os.path.expanduser(minilm.path_of(smollm2.path_of(self.config.model, say=log.info), say=log.info))
+        source = os.path.expanduser(path_of(self.config.model, say=log.info))
         ranks = [adapter.rank for adapter in self._adapters]
         defaults: dict[str, Any] = {"max_logprobs": MOST_LOGPROBS}
         if ranks:

@@ -69,9 +69,9 @@ def _leak() -> None:
     whole = Registry.give_back
     turns = count(1)
 
-    def broken(registry: Registry, worker: Any) -> None:
+    def broken(registry: Registry, worker: Any, model: str) -> None:
         if next(turns) % EVERY_REQUEST:
-            whole(registry, worker)
+            whole(registry, worker, model)
 
     Registry.give_back = broken  # type: ignore[method-assign, assignment]
 

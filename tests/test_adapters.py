@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
+from zmqserve.backends.load_options import LoadOptions
 from zmqserve.backends.model_errors import ModelUnavailable
 from zmqserve.backends.transformers_worker import ModelWorker
 from zmqserve.errors import InvalidParameter
-from zmqserve.jobs import GenerateJob
 from zmqserve.messages import CountTokens, Generate, pack_ids
 from zmqserve.params import SamplingParams
 from zmqserve.worker import WorkerConfig
 
+from .fakes.asked import AskedJob, answer_of
 from .fakes.tiny_llama import make_model
 
 torch = pytest.importorskip("torch")
@@ -57,7 +58,7 @@ def test_an_adapter_that_changes_nothing_changes_nothing_in_bfloat16(model_dir: 
     from zmqserve.backends import checkpoint, lora_model
 
     identity = make_adapter(model_dir, tmp_path / "identity", 0, init_lora_weights=True)
-    base = checkpoint.load(str(model_dir), device="cpu", dtype="bfloat16")
+    base = checkpoint.load(str(model_dir), LoadOptions(device="cpu", dtype="bfloat16"))
     adapted = lora_model.with_adapter(base, "identity", str(identity))
     ids = torch.arange(120)[None] % 100 + 5
     with torch.inference_mode():
@@ -91,8 +92,8 @@ def worker(model_dir: Path, adapters: dict[str, str]) -> Iterator[ModelWorker]:
 
 async def answer(worker: ModelWorker, name: str) -> list[int]:
     params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-    job = GenerateJob(Generate(1, name, token_ids=pack_ids(PROMPT), params=params))
-    return [token_id async for delta in worker.generate(job) for token_id in delta.token_ids]
+    job = AskedJob(Generate(1, name, token_ids=pack_ids(PROMPT), params=params))
+    return [token_id async for delta in answer_of(worker, job) for token_id in delta.token_ids]
 
 
 def test_base_and_adapters_answer_at_once_each_as_peft_does(worker: ModelWorker, model_dir: Path, adapters: dict[str, str]) -> None:
@@ -130,7 +131,7 @@ def test_the_fingerprint_tells_of_an_adapters_strength(model_dir: Path, adapters
     stronger = shutil.copytree(adapters["poet"], tmp_path / "stronger")
     settings = json.loads((stronger / "adapter_config.json").read_text())
     (stronger / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 32}))
-    base = checkpoint.load(str(model_dir), device="cpu")
+    base = checkpoint.load(str(model_dir), LoadOptions(device="cpu"))
     paths = [adapters["poet"], str(shutil.copytree(adapters["poet"], tmp_path / "same")), str(stronger)]
     prints = [lora_model.with_adapter(base, "poet", path).fingerprint() for path in paths]
     assert prints[0] == prints[1] != prints[2]

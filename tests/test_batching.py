@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,17 +17,20 @@ from zmqserve import messages as m
 from zmqserve.backends.model_errors import ModelUnavailable
 from zmqserve.backends.transformers_worker import ModelWorker
 from zmqserve.errors import BackendError, ContextOverflow, InvalidParameter
-from zmqserve.jobs import Delta, GenerateJob
+from zmqserve.jobs import Delta
 from zmqserve.params import SamplingParams
 from zmqserve.worker import WorkerConfig
 
+from .fakes.asked import AskedJob, answer_of
 from .fakes.controller import FakeController, chunks_of
+from .fakes.engines import without_batching
 from .fakes.tiny_llama import CONTEXT, WORDS, make_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from zmqserve.backends.loaded_model import LoadedModel  # noqa: E402 - it imports torch
+from zmqserve.backends.generation import STAY_TOKENS, Generation  # noqa: E402 - it imports torch
+from zmqserve.backends.loaded_model import LoadedModel  # noqa: E402 - the same
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -42,8 +45,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def loaded(directory: Path, **options: Any) -> Iterator[ModelWorker]:
-    worker = ModelWorker(WorkerConfig(model=str(directory)), device="cpu", threads=1, **options)
+def loaded(directory: Path, slots: int | None = None, **options: Any) -> Iterator[ModelWorker]:
+    worker = ModelWorker(WorkerConfig(model=str(directory), slots=slots), device="cpu", threads=1, **options)
     worker.cards = worker.load()
     try:
         asyncio.run(together(worker, PROMPTS[:1], max_tokens=1))  # its threads start now, and not within a test
@@ -58,15 +61,15 @@ def worker(model_dir: Path) -> Iterator[ModelWorker]:
         yield made
 
 
-def job_of(prompt: list[int], **params: Any) -> GenerateJob:
+def job_of(prompt: list[int], **params: Any) -> AskedJob:
     params = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, **params}
-    return GenerateJob(m.Generate(1, "tiny", token_ids=m.pack_ids(prompt), params=SamplingParams(**params)))
+    return AskedJob(m.Generate(1, "tiny", token_ids=m.pack_ids(prompt), params=SamplingParams(**params)))
 
 
-async def ids_of(worker: ModelWorker, job: GenerateJob, made: Callable[[], object] = lambda: None) -> list[int]:
+async def ids_of(worker: ModelWorker, job: AskedJob, made: Callable[[], object] = lambda: None) -> list[int]:
     """The ids of its answer; `made` is called after each."""
     ids: list[int] = []
-    async for delta in worker.generate(job):
+    async for delta in answer_of(worker, job):
         ids += delta.token_ids
         made()
     return ids
@@ -167,6 +170,97 @@ def test_a_cache_that_no_memory_holds_is_refused(model_dir: Path) -> None:
         ModelWorker(WorkerConfig(model="m"), cache_tokens=0)
 
 
+# --- whose turn it is --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelWorker]:
+    """With four places in its batch."""
+    monkeypatch.setattr("zmqserve.backends.loaded_model._MOST_SEQUENCES", 4)
+    with loaded(model_dir, slots=2) as made:
+        yield made
+
+
+async def choices_of(worker: ModelWorker, job: AskedJob, made: Callable[[], object] = lambda: None) -> list[list[int]]:
+    """The ids of each of its choices."""
+    choices: list[list[int]] = [[] for _ in range(job.request.params.n)]
+    async for delta in answer_of(worker, job):
+        choices[delta.index] += delta.token_ids
+        made()
+    return choices
+
+
+def test_a_request_for_many_choices_keeps_nobody_waiting(narrow: ModelWorker) -> None:
+    """It has all places of the batch, and one that comes later gets one of these after a step. The choices are those that it would get."""
+    params: dict[str, Any] = {"n": 12, "temperature": 4.0, "seed": 3, "max_tokens": 60}
+    expected = asyncio.run(choices_of(narrow, job_of(PROMPTS[0], **params)))
+    (alone_too,) = asyncio.run(choices_of(narrow, job_of(PROMPTS[1], max_tokens=20)))
+
+    async def scene() -> None:
+        full = asyncio.Event()
+        job = job_of(PROMPTS[0], **params)
+        made = 0
+
+        def count() -> None:
+            nonlocal made
+            made += 1
+            if max(sizes) == 4:
+                full.set()
+
+        greedy = asyncio.create_task(choices_of(narrow, job, count))
+        await full.wait()
+        before = made
+        assert await choices_of(narrow, job_of(PROMPTS[1], max_tokens=20)) == [alone_too]
+        assert made - before < 4 * 25, "it waited for an answer of the other's"
+        assert await greedy == expected
+
+    with broken_forward(narrow, lambda _: False, RuntimeError()) as sizes:
+        asyncio.run(scene())
+    assert max(sizes) == 4
+
+
+def test_requests_share_the_places_that_become_free(narrow: ModelWorker) -> None:
+    """Of two that ask for many choices, the one that came later does not wait for all of the other's."""
+
+    async def scene() -> list[int]:
+        order: list[int] = []
+
+        async def ask(number: int) -> None:
+            async for delta in answer_of(narrow, job_of(PROMPTS[number], n=8, max_tokens=10)):
+                order.extend([number] * (delta.finish_reason is not None))
+
+        await asyncio.gather(ask(0), ask(1))
+        return order
+
+    order = asyncio.run(scene())
+    assert order[:8].count(1) >= 3
+
+
+def test_heartbeats_tell_what_no_step_has_had_yet(model_dir: Path) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: Any) -> bool:
+        hangs.set()
+        return not goes_on.wait(20)
+
+    with FakeController() as controller:
+        config = WorkerConfig(model=str(model_dir), controllers=(controller.endpoint,), ttl_s=0.3)
+        with ModelWorker(config, device="cpu", threads=1) as worker:
+            controller.register(timeout_s=60, ttl_ms=600_000)
+            with broken_forward(worker, hang, RuntimeError()):
+                params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+                controller.request(m.Generate(1, "tiny", token_ids=m.pack_ids(PROMPTS[0]), params=params))
+                assert hangs.wait(20)
+                for rid in (2, 3):
+                    controller.request(m.Generate(rid, "tiny", token_ids=m.pack_ids(PROMPTS[rid]), params=params))
+                told = controller.expect(m.LOAD, timeout_s=20, where=lambda got: got.message.yours == 3).message
+                assert (told.running, told.waiting) == (1, 2)
+                goes_on.set()
+                ended = 0
+                while ended < 3:
+                    ended += controller.expect(m.FIRST, m.MORE, m.DONE, timeout_s=20).head.kind == m.DONE
+
+
 # --- what breaks -------------------------------------------------------------------------------
 
 
@@ -199,6 +293,45 @@ def test_a_batch_that_is_too_large_goes_on_in_smaller_ones(worker: ModelWorker) 
     with broken_forward(worker, lambda _: False, RuntimeError()) as sizes:
         asyncio.run(together(worker, PROMPTS))
     assert max(sizes) == len(PROMPTS), "the bound outlived its cause"
+
+
+def test_one_that_breaks_the_batch_with_any_other_beside_it_starves_nobody(worker: ModelWorker) -> None:
+    """Each break gives each of them a token, and the next batch is smaller, so that in the end it runs alone."""
+    expected = asyncio.run(together(worker, PROMPTS, max_tokens=60))
+    quarrel = [5, POISON, 6]
+    (own,) = asyncio.run(together(worker, [quarrel], max_tokens=60))
+    engine: Any = worker._models["tiny"].engine
+    breaks: list[int] = []
+
+    def breaks_it(kwargs: Any) -> bool:
+        batch = [engine._running[request].ids for request in engine._in_batch if request in engine._running]
+        broken = len(batch) > 1 and any(ids[:3] == quarrel for ids in batch)
+        breaks.extend([len(batch)] * broken)
+        return broken
+
+    with broken_forward(worker, breaks_it, RuntimeError("not beside me")) as sizes:
+        *answers, answer = asyncio.run(together(worker, [*PROMPTS, quarrel], max_tokens=60))
+    assert answers == expected
+    assert answer == own
+    assert breaks[0] == 7
+    assert len(breaks) <= 20
+    assert len(sizes) < 7 * 60, "so many it would take without batches"
+
+
+def test_what_a_batch_may_hold_grows_again_while_there_is_work(worker: ModelWorker) -> None:
+    expected = asyncio.run(together(worker, PROMPTS, max_tokens=100))
+    breaks: list[int] = []
+
+    def breaks_it(kwargs: Any) -> bool:
+        broken = kwargs["cu_seq_lens_q"].shape[0] > 2 and len(breaks) < 4
+        breaks.extend([len(sizes)] * broken)
+        return broken
+
+    with broken_forward(worker, breaks_it, MemoryError("full")) as sizes:
+        assert asyncio.run(together(worker, PROMPTS, max_tokens=100)) == expected
+    one_by_one = sizes[breaks[-1] :][:16]
+    assert one_by_one == [1] * 16
+    assert max(sizes[breaks[-1] :]) > 2, "the bound outlived its cause"
 
 
 def test_where_every_forward_breaks_all_fail_with_the_cause_and_later_ones_work(worker: ModelWorker) -> None:
@@ -246,7 +379,7 @@ def test_a_request_that_is_cancelled_while_the_batch_is_tried_again_does_not_hol
     broken = iter([True])
 
     async def scene() -> list[Any]:
-        answering: Any = worker.generate(job_of(PROMPTS[0]))
+        answering = answer_of(worker, job_of(PROMPTS[0]))
         others = asyncio.gather(*(ids_of(worker, job_of(prompt)) for prompt in PROMPTS[1:]))
         async with aclosing(answering) as deltas:
             async for _ in deltas:
@@ -266,7 +399,7 @@ def test_a_cancelled_request_leaves_within_a_step_and_frees_its_memory(worker: M
     before = cache.compute_free_capacity()
 
     async def scene() -> None:
-        answering: Any = worker.generate(job_of([9] * 20, max_tokens=100))
+        answering = answer_of(worker, job_of([9] * 20, max_tokens=100))
         async with aclosing(answering) as deltas:
             async for _ in deltas:
                 break
@@ -280,47 +413,52 @@ def test_a_cancelled_request_leaves_within_a_step_and_frees_its_memory(worker: M
     assert cache.compute_free_capacity() == before
 
 
-class PausableJob:
-    """A Job whose controller takes nothing while it is `congested`."""
-
-    def __init__(self, prompt: list[int]) -> None:
-        self.request = job_of(prompt).request
-        self.congested = False
-        self.prompt_tokens = self.cached_tokens = 0
-        self.deltas: list[Delta] = []
-        self.ended = asyncio.get_running_loop().create_future()
-        self.made = asyncio.Event()
-
-    def emit(self, delta: Delta) -> None:
-        self.deltas.append(delta)
-        self.made.set()
-        if len(self.deltas) == 5:
-            self.congested = True
-
-    def finish(self) -> None:
-        self.ended.set_result(None)
-
-    def fail(self, error: Exception) -> None:
-        self.ended.set_exception(error)
+async def next_id(job: AskedJob) -> int:
+    """The id of the next delta."""
+    delta = await job.made.get()
+    assert isinstance(delta, Delta)
+    return delta.token_ids[0]
 
 
 def test_a_job_whose_controller_takes_nothing_waits_outside_the_batch(worker: ModelWorker) -> None:
-    """Nothing piles up for it, others go on, and then it goes on where it was."""
-    expected = alone(worker)
+    """Little piles up for it, others go on, and then it goes on where it was."""
+    expected = alone(worker, max_tokens=60)
 
     async def scene() -> list[int]:
-        job: Any = PausableJob(PROMPTS[0])
+        job = job_of(PROMPTS[0], max_tokens=60)
+        job.congested = True
         worker.begin(job)
-        while not job.congested:
-            job.made.clear()
-            await job.made.wait()
-        assert await ids_of(worker, job_of(PROMPTS[1])) == expected[1]
-        assert len(job.deltas) == 5
+        ids = [await next_id(job) for _ in range(STAY_TOKENS)]
+        assert await ids_of(worker, job_of(PROMPTS[1], max_tokens=60)) == expected[1]
+        assert job.made.empty()
         job.congested = False
-        await job.ended
-        return [token_id for delta in job.deltas for token_id in delta.token_ids]
+        return ids + [await next_id(job) for _ in range(60 - STAY_TOKENS)]
 
     assert asyncio.run(scene()) == expected[0]
+
+
+class Flickering(AskedJob):
+    """Congested whenever it has just got something, and not for long."""
+
+    def emit(self, delta: Delta) -> None:
+        super().emit(delta)
+        self.congested = True
+        asyncio.get_running_loop().call_soon(setattr, self, "congested", False)
+
+
+def test_a_job_does_not_leave_the_batch_at_every_delta(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To come back costs as much as some steps."""
+    pauses: list[Generation] = []
+    own = Generation.pause
+
+    def pause(generation: Generation) -> None:
+        pauses.append(generation)
+        own(generation)
+
+    monkeypatch.setattr(Generation, "pause", pause)
+    (expected,) = asyncio.run(together(worker, PROMPTS[:1], max_tokens=100))
+    assert asyncio.run(ids_of(worker, Flickering(job_of(PROMPTS[0], max_tokens=100).request))) == expected
+    assert len(pauses) == 99 // STAY_TOKENS
 
 
 def test_an_abandoned_job_is_not_tokenized(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,10 +467,10 @@ def test_an_abandoned_job_is_not_tokenized(worker: ModelWorker, monkeypatch: pyt
     prepared: list[object] = []
     own = LoadedModel.prepare
 
-    def prepare(model: LoadedModel, job: GenerateJob) -> Any:
+    def prepare(model: LoadedModel, job: AskedJob, grammar: Any) -> Any:
         prepared.append(job)
         gate.wait(10)
-        return own(model, job)
+        return own(model, job, grammar)
 
     monkeypatch.setattr(LoadedModel, "prepare", prepare)
 
@@ -351,19 +489,21 @@ def test_an_abandoned_job_is_not_tokenized(worker: ModelWorker, monkeypatch: pyt
 
 
 def test_an_abandoned_job_gets_nothing_more(worker: ModelWorker) -> None:
-    async def scene() -> tuple[int, int]:
-        early: Any = PausableJob(PROMPTS[0])
+    async def scene() -> None:
+        early = job_of(PROMPTS[0])
         worker.begin(early)
         worker.abandon(early)
-        late: Any = PausableJob(PROMPTS[0])
+        late = job_of(PROMPTS[0])
         worker.begin(late)
-        await late.made.wait()
-        count = len(late.deltas)
+        await late.made.get()
         worker.abandon(late)
+        while not late.made.empty():
+            late.made.get_nowait()
         await ids_of(worker, job_of(PROMPTS[1]))
-        return len(early.deltas), len(late.deltas) - count
+        assert early.made.empty()
+        assert late.made.empty()
 
-    assert asyncio.run(scene()) == (0, 0)
+    asyncio.run(scene())
 
 
 def test_a_step_that_hangs_shows_and_does_not_keep_the_worker_from_ending(model_dir: Path) -> None:
@@ -406,6 +546,33 @@ def test_the_attention_is_the_one_that_was_asked_for(worker: ModelWorker, model_
         pass
 
 
+@pytest.mark.parametrize("batches", [True, False], ids=["batch", "turns"])
+def test_a_worker_whose_model_runs_no_more_ends_and_its_controller_hears_it(model_dir: Path, batches: bool) -> None:
+    """What was in the making has no answer: it goes on elsewhere."""
+    with FakeController() as controller:
+        config = WorkerConfig(model=str(model_dir), controllers=(controller.endpoint,))
+        worker = ModelWorker(config, device="cpu", threads=1)
+        with nullcontext() if batches else without_batching(), worker:
+            controller.register(timeout_s=60, ttl_ms=600_000)
+            error = RuntimeError("device-side assert")
+            model = model_of(worker)
+
+            def broken(*_: object, **__: object) -> None:
+                raise error
+
+            model.forward = broken
+            engine = worker._models["tiny"].engine
+            if batches:
+                engine._manager.batch_processor.reset = broken
+            params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+            controller.request(m.Generate(1, "tiny", token_ids=m.pack_ids(PROMPTS[0]), params=params))
+            # In a batch it was alone, so that the first break is held to be its own.
+            ended = [m.FAILED, m.BYE] if batches else [m.BYE]
+            assert [controller.expect(m.FAILED, m.BYE, timeout_s=20).head.kind for _ in ended] == ended
+            with pytest.raises(BackendError, match="cannot run any more, the worker ends: RuntimeError: device-side assert"):
+                worker.wait_ended(20)
+
+
 # --- models that cannot be batched -------------------------------------------------------------
 
 
@@ -435,7 +602,7 @@ def test_words_come_out_of_a_batch(worker: ModelWorker) -> None:
 
     async def read() -> None:
         params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-        deltas.extend([delta async for delta in worker.generate(GenerateJob(m.Generate(1, "tiny", prompt=WORDS, params=params)))])
+        deltas.extend([delta async for delta in answer_of(worker, AskedJob(m.Generate(1, "tiny", prompt=WORDS, params=params)))])
 
     asyncio.run(read())
     ids = [token_id for delta in deltas for token_id in delta.token_ids]

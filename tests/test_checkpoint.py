@@ -32,8 +32,9 @@ def make_worker(directory: Path, **options: Any) -> ModelWorker:
 
 def fingerprint_of(directory: Path, **options: Any) -> str:
     from zmqserve.backends import checkpoint
+    from zmqserve.backends.load_options import LoadOptions
 
-    return str(checkpoint.load(str(directory), device="cpu", **options).fingerprint())
+    return str(checkpoint.load(str(directory), LoadOptions(device="cpu", **options)).fingerprint())
 
 
 def test_a_fingerprint_is_of_the_content(model_dir: Path, tmp_path: Path) -> None:

@@ -176,6 +176,22 @@ def test_lottery_keeps_its_proportions_among_those_allowed() -> None:
     assert chisquare([drawn[workers[number]] for number in (0, 2, 3)], [5_000, 15_000, 20_000]).pvalue > 0.01
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_policy_asks_what_is_left_for_its_model(name: str) -> None:
+    left = {"none": 0, "some": 1, "all": 4}
+    policy: Policy[Worker] = POLICIES[name](lambda worker: left[worker.name])  # type: ignore[assignment]
+    workers = {name: Worker(name) for name in left}
+    for worker in workers.values():
+        policy.add(worker)
+    random = Random(2)
+    assert {policy.pick(random) for _ in range(100)} == {workers["some"], workers["all"]}
+    assert policy.pick(random, lambda worker: worker.name == "none") is None
+    left.update(none=1, some=0)
+    for worker in workers.values():
+        policy.changed(worker)
+    assert {policy.pick(random) for _ in range(100)} == {workers["none"], workers["all"]}
+
+
 def test_a_very_slow_worker_with_a_free_slot_still_holds_a_ticket() -> None:
     policy = Lottery[Worker]()
     policy.add(Worker("slug", speed=1e-9))
@@ -278,6 +294,14 @@ def test_an_overloaded_or_full_worker_passes_its_keys_on() -> None:
     assert affinity.pick("session", others[0]) is home
     home.running = 6
     assert affinity.pick("session", others[0]) in others
+
+
+def test_affinity_passes_by_a_worker_with_nothing_left_for_the_model() -> None:
+    workers = [Worker(f"w{number}") for number in range(3)]
+    affinity = Affinity[Worker](lambda worker: int(worker is not workers[1]))
+    for worker in workers:
+        affinity.add(worker)
+    assert set(homes(affinity, workers[0]).values()) == {workers[0], workers[2]}
 
 
 def test_affinity_falls_back_to_the_policys_choice() -> None:

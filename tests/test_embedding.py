@@ -13,10 +13,11 @@ import pytest
 from zmqserve.backends.model_errors import ModelUnavailable
 from zmqserve.backends.transformers_worker import ModelWorker
 from zmqserve.errors import BackendError, ContextOverflow, InvalidParameter, Unsupported
-from zmqserve.messages import ChatMessage, CountTokens, Embed, ModelCard
+from zmqserve.messages import BYE, ChatMessage, CountTokens, Embed, ModelCard
 from zmqserve.params import EmbedParams
 from zmqserve.worker import WorkerConfig
 
+from .fakes.controller import FakeController
 from .fakes.tiny_bert import CONTEXT, DIMENSIONS, make_encoder
 from .fakes.tiny_llama import make_model
 
@@ -163,6 +164,23 @@ def test_a_vector_that_is_not_finite_is_an_error_and_fails_alone(model_dir: Path
 
 
 # --- loading -----------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_model_runs_no_more_ends_and_its_controller_hears_it(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a CUDA error that lasts. What was asked has no answer: it goes on elsewhere."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    with FakeController() as controller:
+        config = WorkerConfig(model=str(model_dir), controllers=(controller.endpoint,))
+        with ModelWorker(config, device="cpu", threads=1) as worker:
+            controller.register(timeout_s=60, ttl_ms=600_000)
+            monkeypatch.setattr("zmqserve.backends.embedding_model.EmbeddingModel.vectors", broken)
+            controller.request(Embed(1, "tiny-bert", texts=["a fox", "a dog"]))
+            controller.expect(BYE, timeout_s=20)
+            with pytest.raises(BackendError, match="cannot run any more, the worker ends: RuntimeError: device-side assert"):
+                worker.wait_ended(20)
 
 
 def test_the_card_says_what_is_served(worker: ModelWorker, model_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,10 @@ class Row:
         self.number = number
         self.length = length
         self.columns: dict[str, list[int]] = {}
+
+
+PROBE: Any = Row(-2, 1)
+"""What a model that runs makes a vector of."""
 
 
 class Gate:
@@ -59,7 +64,9 @@ class Gate:
 
 @contextmanager
 def running(gate: Gate, batch_tokens: int = 100, padding_tokens: int = 100, gather_share: float = 0.0) -> Iterator[EmbeddingLoop]:
-    loop = EmbeddingLoop("test embeddings", gate, batch_tokens=batch_tokens, padding_tokens=padding_tokens, gather_share=gather_share)
+    loop = EmbeddingLoop(
+        "test embeddings", gate, [PROBE], batch_tokens=batch_tokens, padding_tokens=padding_tokens, gather_share=gather_share
+    )
     loop.start()
     try:
         yield loop
@@ -212,6 +219,79 @@ def test_a_text_that_does_not_fit_alone_is_the_end_of_its_request_only() -> None
         assert numbers(good) == [10]
 
     with running(gate) as loop:
+        asyncio.run(scene(loop))
+
+
+def test_texts_that_fail_one_after_the_other_do_not_end_a_model_that_runs() -> None:
+    gate = Gate(bad=range(8))
+    died: list[Exception] = []
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        gate.open()
+        for number in range(8):
+            with pytest.raises(RuntimeError, match="cannot compute"):
+                await loop.embed(rows_of(5, start=number), finish)
+        assert numbers(await loop.embed(rows_of(5, start=10), finish)) == [10]
+
+    with running(gate) as loop:
+        loop.on_death = died.append
+        asyncio.run(scene(loop))
+        assert loop.is_alive()
+    assert not died
+
+
+def test_a_model_that_runs_no_more_is_given_up_and_nobody_is_answered() -> None:
+    """Whoever waits goes on elsewhere, with the end of the worker."""
+    gate = Gate(bad=[*range(8), PROBE.number])
+    died: Future[Exception] = Future()
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        tasks = await queued(loop, gate, rows_of(5, 5), rows_of(5, start=10))
+        gate.open()
+        assert numbers(await tasks[0]) == [-1]
+        failure = await asyncio.wait_for(asyncio.wrap_future(died), PATIENCE_S)
+        assert str(failure) == "the model cannot run any more, the worker ends: RuntimeError: cannot compute [-2]"
+        await asyncio.to_thread(loop.join, PATIENCE_S)
+        assert not any(task.done() for task in tasks[1:])
+        for task in tasks[1:]:
+            task.cancel()
+
+    with running(gate) as loop:
+        loop.on_death = died.set_result
+        asyncio.run(scene(loop))
+
+
+def test_a_memory_that_is_full_is_no_death() -> None:
+    gate = Gate(bad=[1, PROBE.number], error=OutOfMemoryError)
+    died: list[Exception] = []
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        gate.open()
+        with pytest.raises(OutOfMemoryError):
+            await loop.embed(rows_of(5, start=1), finish)
+        assert numbers(await loop.embed(rows_of(5, start=10), finish)) == [10]
+
+    with running(gate) as loop:
+        loop.on_death = died.append
+        asyncio.run(scene(loop))
+    assert not died
+
+
+def test_requests_that_no_batch_has_had_are_told() -> None:
+    gate = Gate()
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        assert loop.waiting() == 0
+        tasks = await queued(loop, gate, rows_of(5, 5), rows_of(40, start=10))
+        assert loop.waiting() == 2
+        gate.permits.release()
+        await gate.wait_entered()
+        assert loop.waiting() == 1
+        gate.open()
+        await asyncio.gather(*tasks)
+        assert loop.waiting() == 0
+
+    with running(gate, padding_tokens=5) as loop:
         asyncio.run(scene(loop))
 
 

@@ -18,6 +18,7 @@ import pytest
 from zmqserve import Client, EmbedParams
 from zmqserve.backends import minilm
 from zmqserve.backends.model_errors import ModelUnavailable
+from zmqserve.backends.named_models import path_of
 from zmqserve.backends.transformers_worker import ModelWorker
 from zmqserve.errors import ContextOverflow, InvalidParameter
 from zmqserve.messages import Embed
@@ -26,6 +27,7 @@ from zmqserve.worker import WorkerConfig
 from .fakes.tiny_bert import DIMENSIONS, add_layout, make_encoder
 from .processes import Served, ServedController, zmqserve
 
+NAME = minilm.MODEL.name
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 pytest.importorskip("torch")
 
@@ -73,14 +75,14 @@ def least_cosine(found: Any, expected: Any) -> float:
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[ModelWorker]:
-    worker = make_worker(minilm.NAME)
+    worker = make_worker(NAME)
     yield worker
     worker.close()
 
 
 @pytest.fixture(scope="module")
 def encode() -> Any:
-    return reference_of(minilm.fetch()).encode
+    return reference_of(minilm.MODEL.fetch()).encode
 
 
 def test_the_real_model_alone_and_in_any_batch(real: ModelWorker, encode: Any, record_property: Any) -> None:
@@ -119,7 +121,7 @@ def test_the_real_models_options_are_those_of_sentence_transformers(real: ModelW
 
 def test_the_real_models_bound_is_never_passed_in_silence(real: ModelWorker, encode: Any) -> None:
     text = " ".join(some_texts(1, 1)[:1] * 400)
-    tokens = len(reference_of(minilm.fetch()).tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    tokens = len(reference_of(minilm.MODEL.fetch()).tokenizer(text, truncation=False, verbose=False)["input_ids"])
     with pytest.raises(ContextOverflow) as caught:
         embed(real, [text])
     assert (caught.value.context_length, caught.value.tokens) == (256, tokens)
@@ -127,11 +129,11 @@ def test_the_real_models_bound_is_never_passed_in_silence(real: ModelWorker, enc
 
 
 def test_the_command_prints_where_the_model_lies(capsys: pytest.CaptureFixture[str]) -> None:
-    assert minilm.main() == 0
+    assert minilm.MODEL.main() == 0
     directory = Path(capsys.readouterr().out.strip())
     assert (directory / "modules.json").is_file()
-    assert minilm.path_of("all-minilm-l6-v2") == str(directory)
-    assert minilm.path_of("sentence-transformers/all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert path_of("all-minilm-l6-v2") == str(directory)
+    assert path_of("sentence-transformers/all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 # --- other layouts, with random weights --------------------------------------------------------
@@ -222,9 +224,9 @@ def test_without_sentence_transformers_one_sentence_names_the_extra(tmp_path: Pa
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """A controller process and a worker process with the real model."""
-    minilm.fetch()
+    minilm.MODEL.fetch()
     with ServedController() as controller:
-        arguments = ("--model", minilm.NAME, "--device", "cpu", "--threads", "1", "--worker-name", "w", "--controller", controller.workers)
+        arguments = ("--model", NAME, "--device", "cpu", "--threads", "1", "--worker-name", "w", "--controller", controller.workers)
         with Served("worker", "transformers", *arguments):
             controller.wait_ready("w", LOAD_S)
             yield controller.clients
@@ -236,8 +238,8 @@ def test_a_hundred_concurrent_requests_get_each_its_own_vectors(endpoint: str, e
     draw = random.Random(5)
     parts = [draw.sample(range(len(texts)), draw.choice([1, 1, 1, 2, 7])) for _ in range(100)]
     with Client(endpoint) as client, ThreadPoolExecutor(100) as pool:
-        found = list(pool.map(lambda part: client.embed(minilm.NAME, [texts[i] for i in part], timeout_s=LOAD_S), parts))
-        card = client.model_details(minilm.NAME)
+        found = list(pool.map(lambda part: client.embed(NAME, [texts[i] for i in part], timeout_s=LOAD_S), parts))
+        card = client.model_details(NAME)
     for part, rows in zip(parts, found, strict=True):
         assert rows.dtype == np.float32
         assert least_cosine(rows, expected[part]) > COSINE
@@ -248,16 +250,16 @@ def test_a_hundred_concurrent_requests_get_each_its_own_vectors(endpoint: str, e
 def test_errors_are_typed_and_the_worker_goes_on(endpoint: str) -> None:
     with Client(endpoint) as client:
         with pytest.raises(InvalidParameter, match=r"at most 384.*got 385") as caught:
-            client.embed(minilm.NAME, ["a"], dimensions=385)
+            client.embed(NAME, ["a"], dimensions=385)
         assert caught.value.parameter == "dimensions"
         with pytest.raises(ContextOverflow, match=r"302 tokens.*256"):
-            client.embed(minilm.NAME, ["fine", "a " * 300])
-        assert client.embed(minilm.NAME, ["a " * 300], truncate_tokens=256, dimensions=10).shape == (1, 10)
-        assert client.count_tokens(minilm.NAME, "a " * 300) == 302
+            client.embed(NAME, ["fine", "a " * 300])
+        assert client.embed(NAME, ["a " * 300], truncate_tokens=256, dimensions=10).shape == (1, 10)
+        assert client.count_tokens(NAME, "a " * 300) == 302
 
 
 def test_the_command_prints_vectors(endpoint: str, encode: Any) -> None:
-    done = zmqserve("embed", minilm.NAME, "a dog", "日本語", "--controller", endpoint)
+    done = zmqserve("embed", NAME, "a dog", "日本語", "--controller", endpoint)
     assert done.returncode == 0, done.stderr
     printed = np.array([json.loads(line) for line in done.stdout.splitlines()])
     assert printed.shape == (2, 384)

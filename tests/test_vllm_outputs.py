@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +229,18 @@ def test_logprobs_are_the_chosen_ones_and_the_likeliest() -> None:
         (entry,) = job.deltas[0].logprobs or []
         assert (entry.token_id, entry.text, entry.logprob) == (67, "C", -3.0)
         assert [(top.token_id, top.text, top.logprob) for top in entry.top] == [(65, "A", -0.1), (66, "B", -2.0)]
+
+    run(scene)
+
+
+def test_logprobs_tell_nothing_of_tokens_that_a_form_excludes() -> None:
+    async def scene(engine: ScriptedEngine, outputs: EngineOutputs) -> None:
+        job = KeptJob(SamplingParams(logprobs=3))
+        await opened(outputs, job)
+        ranks = {65: (0.0, 1), 66: (-math.inf, 2), 67: (-math.inf, 3)}
+        engine.step(output([65], logprobs=[{i: SimpleNamespace(logprob=p, rank=r) for i, (p, r) in ranks.items()}]))
+        (entry,) = job.deltas[0].logprobs or []
+        assert [top.token_id for top in entry.top] == [65]
 
     run(scene)
 

@@ -137,7 +137,7 @@ def kill_engine(client: Client, served: Served) -> float:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    adapter = make_adapter(tmp_path_factory.mktemp("lora") / "adapter", str(smollm2.fetch()))
+    adapter = make_adapter(tmp_path_factory.mktemp("lora") / "adapter", str(smollm2.MODEL.fetch()))
     with ServedController() as controller, FakeController() as fake:
         controllers = ("--controller", controller.workers, "--controller", fake.endpoint)
         served = worker("--lora", f"{ADAPTED}={adapter}", "--slots", "8", *controllers)
@@ -162,7 +162,7 @@ def load_reference() -> Any:
 
     torch.set_num_threads(1)
     loader: Any = AutoModelForCausalLM
-    return loader.from_pretrained(smollm2.fetch(), dtype=torch.float32).eval()
+    return loader.from_pretrained(smollm2.MODEL.fetch(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     loader: Any = AutoTokenizer
-    return loader.from_pretrained(smollm2.fetch())
+    return loader.from_pretrained(smollm2.MODEL.fetch())
 
 
 def check_greedy(reference: Any, prompt: list[int], ids: list[int]) -> float | None:

@@ -16,8 +16,9 @@ from zmqserve.dispatch import ShortestQueue
 from zmqserve.errors import Overloaded
 from zmqserve.flight import Client, Flight
 from zmqserve.messages import RequestHeader
+from zmqserve.need import Need
 from zmqserve.rate import ServiceRate
-from zmqserve.registry import Need, Pool
+from zmqserve.registry import Pool
 from zmqserve.waiting import FairQueue, WaitingRoom
 
 GENERATE = Need("generate")
@@ -30,7 +31,7 @@ def room_of(**bounds: Any) -> WaitingRoom:
 
 
 def pool() -> Pool:
-    return Pool("m", ShortestQueue(), room_of())
+    return Pool("m", ShortestQueue, room_of())
 
 
 class Flights:

@@ -14,7 +14,7 @@ from zmqserve import messages as m
 from zmqserve.link import LOAD_GAP_S
 from zmqserve.params import SamplingParams
 
-from .fakes.desktop import Desktop, Peer
+from .fakes.desktop import FEW, Desktop, Peer
 
 CONTROLLERS = 3
 SLOTS = 2
@@ -44,10 +44,17 @@ class WorkerMachine(RuleBasedStateMachine):
 
     # --- what controllers do ----------------------------------------------------------------------
 
-    @rule(which=each, client=st.integers(1, 2), tokens=st.integers(1, 6), stream=st.booleans(), deadline_ms=st.none() | st.integers(1, 60))
-    def generate(self, which: int, client: int, tokens: int, stream: bool, deadline_ms: int | None) -> None:
+    @rule(
+        which=each,
+        client=st.integers(1, 2),
+        model=st.sampled_from(["m", "few", "alias"]),
+        tokens=st.integers(1, 6),
+        stream=st.booleans(),
+        deadline_ms=st.none() | st.integers(1, 60),
+    )
+    def generate(self, which: int, client: int, model: str, tokens: int, stream: bool, deadline_ms: int | None) -> None:
         params = SamplingParams(max_tokens=tokens)
-        request = m.Generate(next(self.serial), "m", stream=stream, prompt="a", params=params)
+        request = m.Generate(next(self.serial), model, stream=stream, prompt="a", params=params)
         self.ask(self.desktop.peers[which], request, client, deadline_ms)
 
     @rule(which=each, kind=st.sampled_from(["embed", "count", "unknown model", "garbage"]))
@@ -119,6 +126,7 @@ class WorkerMachine(RuleBasedStateMachine):
     @invariant()
     def slots_are_never_overbooked(self) -> None:
         assert 0 <= self.desktop.workload.running <= SLOTS
+        assert 0 <= self.desktop.workload.held["few"] <= FEW
 
     @invariant()
     def each_controllers_share_adds_up(self) -> None:
@@ -136,6 +144,7 @@ class WorkerMachine(RuleBasedStateMachine):
             if peer.connected and peer.epoch:
                 assert not peer.open, f"{peer.name} still waits for {peer.open}"
         assert desktop.workload.running == 0
+        assert not any(desktop.workload.held.values())
         assert all(lane is None or lane.yours == 0 for lane in desktop.workload.links.values())
         assert repr(desktop.desk) == "Desk(0 answers)"
         assert all(link.outbox_bytes == 0 for link in desktop.workload.links if link.epoch)
@@ -162,9 +171,9 @@ def desktop(request: pytest.FixtureRequest) -> Iterator[Desktop]:
     assert desktop.workload.running == 0
 
 
-def ask(desktop: Desktop, peer: Peer, rid: int, tokens: int = 100) -> None:
+def ask(desktop: Desktop, peer: Peer, rid: int, tokens: int = 100, model: str = "m") -> None:
     peer.open[1, rid] = 0
-    request = m.Generate(rid, "m", prompt="a", params=SamplingParams(max_tokens=tokens))
+    request = m.Generate(rid, model, prompt="a", params=SamplingParams(max_tokens=tokens))
     peer.say(desktop.loop.now, m.REQUEST, m.encode(request), client=1, rid=rid)
     desktop.take_calls()
 
@@ -246,6 +255,43 @@ def test_others_load_is_told_within_20_ms_and_decides_who_is_busy(desktop: Deskt
     assert (other.load.running, other.load.yours) == (SLOTS - 1, 0)
     ask(desktop, other, 10)
     assert kinds(other) == []
+
+
+def refused(peer: Peer) -> list[int]:
+    """The requests to which BUSY came since the last call."""
+    heads, peer.left = peer.left, []
+    return [head.rid for head in heads if head.kind == m.BUSY]
+
+
+def test_a_model_with_fewer_slots_is_full_for_all_controllers_while_another_is_not(desktop: Desktop) -> None:
+    first, other = desktop.peers
+    ask(desktop, first, 1, model="few")
+    ask(desktop, other, 2, model="alias")
+    ask(desktop, first, 3, model="few")
+    assert (refused(first), refused(other)) == ([3], [2])
+    ask(desktop, other, 4, tokens=1)
+    desktop.run_out()
+    assert refused(other) == []
+    first.say(desktop.loop.now, m.CANCEL, client=1, rid=1)
+    desktop.take_calls()
+    desktop.loop.turn()
+    ask(desktop, other, 5, model="few")
+    assert refused(other) == [5], "a slot is free when the end leaves"
+    desktop.pass_on()
+    ask(desktop, other, 6, model="few")
+    assert refused(other) == []
+
+
+def test_what_takes_no_slot_or_cannot_be_read_is_not_counted_for_its_model(desktop: Desktop) -> None:
+    first, _ = desktop.peers
+    ask(desktop, first, 1, model="few")
+    for rid, request in ((2, m.CountTokens(2, "few", prompt="a")), (3, [2, 3, b"few"])):
+        first.open[1, rid] = 0
+        first.say(desktop.loop.now, m.REQUEST, m.encode(request), client=1, rid=rid)
+    desktop.run_out()
+    ends = {head.rid: head.kind for head in first.left if head.kind in (m.DONE, m.FAILED, m.BUSY)}
+    assert ends == {2: m.DONE, 3: m.FAILED}
+    assert desktop.workload.held["few"] == 1
 
 
 def test_a_drain_lets_the_rest_go_when_its_time_is_over(desktop: Desktop) -> None:

@@ -31,7 +31,7 @@ from .flights import Flights
 from .intake import Intake
 from .liveness import Agenda, Lease
 from .membership import Membership
-from .registry import Registry, Worker
+from .registry import NewPolicy, Registry, Worker
 from .status import model_status, snapshot
 from .uplink import Uplink
 from .waiting import WaitingRoom
@@ -97,9 +97,9 @@ class Broker:
     def __repr__(self) -> str:
         return f"Broker({self.controller_id!r}, {self.registry!r}, {self.flights!r})"
 
-    def _new_policy(self) -> Policy[Worker]:
-        policy: Callable[[], Policy[Worker]] = POLICIES[self.config.dispatch]  # type: ignore[assignment]
-        return policy()
+    def _new_policy(self, free: Callable[[Worker], int]) -> Policy[Worker]:
+        policy: NewPolicy = POLICIES[self.config.dispatch]  # type: ignore[assignment]
+        return policy(free)
 
     # --- time
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     from .backends import smollm2
 
     try:
-        smollm2.path_of(MODEL)
+        smollm2.MODEL.fetch()
         with tempfile.TemporaryDirectory(prefix="zmqserve-demo-") as folder:
             return _show(question, Path(folder))
     except ZmqserveError as error:

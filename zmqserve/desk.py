@@ -89,11 +89,11 @@ class Desk:
         """The first request after idle time comes: what was before says nothing about it. From any thread."""
         self._turn.stepped_s = self._now()
 
-    def request(self, lane: Lane, head: ControllerHead, payload: bytes, slot: bool, arrived_s: float) -> None:
-        """Begin to answer."""
+    def request(self, lane: Lane, head: ControllerHead, payload: bytes, slot: bool, share: str, arrived_s: float) -> None:
+        """Begin to answer. `slot` and `share` are what the Answer holds."""
         self._lanes.add(lane)
         gather = lane.gathers.get(head.client) or Gather(lane, head.client, self._turn)
-        answer = Answer(gather, head, slot=slot, arrived_s=arrived_s, worker=self._backend.name)
+        answer = Answer(gather, head, slot=slot, share=share, arrived_s=arrived_s, worker=self._backend.name)
         try:
             if not lane.alive:
                 self.stop(answer, "aborted")

@@ -1,7 +1,7 @@
 """Which worker gets a request. Policies are told of changes and asked for a pick; none scans its workers to answer.
 
-A policy holds one model's workers. `pick` returns one that has a free slot, or None. Its `allowed` narrows the choice (a
-resume needs equal fingerprints, a second try another worker); that rare path may scan.
+A policy holds one model's workers, and asks `free` how many slots one has left for it. `pick` returns one that has a free slot,
+or None. Its `allowed` narrows the choice (a resume needs equal fingerprints, a second try another worker); that rare path may scan.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from operator import attrgetter
 from random import Random
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
 
 class Candidate(Protocol):
-    """What a policy reads of a worker. `load` counts requests, `free` slots (0 when it must get no work), `speed` is relative."""
+    """What a policy reads of a worker. `load` counts requests, `free` slots (0 when it must get no work), `speed` is relative.
+
+    All are the worker's. Of its slots a model may have fewer: `free` given to a policy says how many are left for that.
+    """
 
     @property
     def name(self) -> str: ...
@@ -32,10 +36,14 @@ class Candidate(Protocol):
 
 W = TypeVar("W", bound=Candidate)
 Allowed: TypeAlias = Callable[[W], bool] | None
+_all_free: Callable[[object], int] = attrgetter("free")
 
 
 class Policy(ABC, Generic[W]):
-    """A dispatch method over the workers of one model."""
+    """A dispatch method over the workers of one model. `free`: a worker's slots that are left for it."""
+
+    def __init__(self, free: Callable[[W], int] = _all_free) -> None:
+        self._free = free
 
     @abstractmethod
     def add(self, worker: W) -> None:
@@ -47,7 +55,7 @@ class Policy(ABC, Generic[W]):
 
     @abstractmethod
     def changed(self, worker: W) -> None:
-        """A worker's load or state is another now."""
+        """A worker's load or state, or what it has left for this model, is another now."""
 
     @abstractmethod
     def pick(self, random: Random, allowed: Allowed[W] = None) -> W | None:
@@ -60,7 +68,8 @@ class ShortestQueue(Policy[W]):
     Workers lie in buckets of equal load / speed, and a heap holds the buckets' keys: every call is O(log buckets).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, free: Callable[[W], int] = _all_free) -> None:
+        super().__init__(free)
         self._buckets: dict[float, _Bucket[W]] = {}
         self._heap: list[float] = []
         self._key_of: dict[W, float] = {}
@@ -77,7 +86,7 @@ class ShortestQueue(Policy[W]):
             self._leave(key, worker)
 
     def changed(self, worker: W) -> None:
-        if worker.free <= 0:
+        if self._free(worker) <= 0:
             self.remove(worker)
             return
         key = worker.load / worker.speed
@@ -156,7 +165,8 @@ class Lottery(Policy[W]):
     TICKETS_PER_SPEED = 1000
     """Tickets of one free slot at speed 1: speeds are told apart to a thousandth."""
 
-    def __init__(self) -> None:
+    def __init__(self, free: Callable[[W], int] = _all_free) -> None:
+        super().__init__(free)
         self._size = 16
         self._tree = [0] * (self._size + 1)
         self._total = 0
@@ -193,11 +203,12 @@ class Lottery(Policy[W]):
         worker = self._holders[self._find(random.randrange(self._total))]
         if worker is None or allowed is None or allowed(worker):
             return worker
-        fitting = [worker for worker in self._place if worker.free > 0 and allowed(worker)]
+        fitting = [worker for worker in self._place if self._free(worker) > 0 and allowed(worker)]
         return random.choices(fitting, [self._worth(worker) for worker in fitting])[0] if fitting else None
 
     def _worth(self, worker: W) -> int:
-        return max(1, round(worker.speed * worker.free * self.TICKETS_PER_SPEED)) if worker.free > 0 else 0
+        free = self._free(worker)
+        return max(1, round(worker.speed * free * self.TICKETS_PER_SPEED)) if free > 0 else 0
 
     def _set(self, place: int, tickets: int) -> None:
         difference = tickets - self._tickets[place]
@@ -246,7 +257,8 @@ class Affinity(Generic[W]):
     """The choice stands while its load is at most OVERLOAD x the least plus SLACK of its slots: beside an idle worker
     1.5 x the least alone would move a session at its second request."""
 
-    def __init__(self) -> None:
+    def __init__(self, free: Callable[[W], int] = _all_free) -> None:
+        self._free = free
         self._ring: list[tuple[int, str]] = []
         self._workers: dict[str, W] = {}
 
@@ -280,7 +292,7 @@ class Affinity(Generic[W]):
             seen.add(name)
             worker = self._workers[name]
             bound = self.OVERLOAD * least.load / least.speed * worker.speed + self.SLACK * worker.slots
-            if worker.free > 0 and worker.load <= bound and (allowed is None or allowed(worker)):
+            if self._free(worker) > 0 and worker.load <= bound and (allowed is None or allowed(worker)):
                 return worker
             if len(seen) == len(self._workers):
                 break

@@ -8,7 +8,8 @@ from .liveness import Lease, Timer
 from .messages import RequestHeader
 
 if TYPE_CHECKING:
-    from .registry import Need, Pool, Worker
+    from .need import Need
+    from .registry import Pool, Worker
     from .uplink import Upward
 
 Envelope: TypeAlias = tuple[bytes, ...]

@@ -19,7 +19,8 @@ from .endings import cancelled_message, error_message, too_late, worker_lost
 from .errors import NoWorker, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
 from .liveness import Agenda
-from .registry import Need, Pool, Registry, Worker
+from .need import Need
+from .registry import Pool, Registry, Worker
 from .waiting import Rank
 
 OUTCOMES = frozenset(
@@ -137,7 +138,7 @@ class Flights:
         self.running += 1
         flight.pool.running += 1
         if flight.slotted:
-            self.registry.take(worker)
+            self.registry.take(worker, flight.pool.model)
         head = m.more_head(worker.epoch, client.number)
         route = self.routes.get(head)
         if route is None:
@@ -202,18 +203,10 @@ class Flights:
             self.feed(worker, now)
 
     def busy(self, flight: Flight, now: float) -> None:
-        """Its worker has no slot after all: back to the head of the queue, with no attempt spent.
-
-        Others fill that worker: it counts as full until its next heartbeat tells by how much. A controller below does so for this
-        model only: behind it are workers of others.
-        """
+        """Its worker has no slot after all: back to the head of the queue, with no attempt spent."""
         worker = self._release(flight)
         self.counters["busy"] += 1
-        if not worker.controllers:
-            worker.others = max(worker.others, worker.slots - worker.running)
-            self.registry.touch(worker)
-        elif worker.identity in flight.pool.workers:  # unless it has left the model meanwhile
-            flight.pool.full.add(worker)
+        self.registry.refused(worker, flight.pool.model)
         if flight.ending is not None:
             self.settle_unsent(flight, now, flight.ending)
             return
@@ -249,7 +242,6 @@ class Flights:
         )
         if worker is not None:
             worker.finished += 1
-            flight.pool.full.discard(worker)
             self.feed(worker, now)
 
     def _close(self, flight: Flight) -> None:
@@ -338,7 +330,7 @@ class Flights:
         if route.flights == 0:
             del self.routes[route.head]
         if flight.slotted:
-            self.registry.give_back(worker)
+            self.registry.give_back(worker, flight.pool.model)
         return worker
 
     def _forget_idle(self, client: Client) -> None:

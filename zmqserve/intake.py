@@ -6,7 +6,8 @@ import msgspec
 
 from . import messages as m
 from .errors import ModelLoading, NoWorker, UnknownModel, Unsupported, WorkerLost
-from .registry import Need, Pool, Registry
+from .need import Need
+from .registry import Pool, Registry
 
 MOST_NAMED = 20
 """Models named in the text of an error; its data holds up to 100."""

@@ -142,10 +142,6 @@ class Membership:
             self.violation(now, worker.identity, error.message)
             return
         freed = worker.report(load)
-        for pool in worker.pools:
-            if worker in pool.full:
-                pool.full.discard(worker)
-                freed = True
         hung = load.running > 0 and load.step_age_ms > self.config.stall_s * 1000
         if hung and worker.stalled_s is None:
             worker.stalled_s = now

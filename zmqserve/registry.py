@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import ceil
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, TypeAlias
 
 from .dispatch import Affinity, Allowed, Policy
 from .liveness import Lease, Timer
 from .messages import Load, ModelCard, Ready
+from .need import Need
+from .share import Share
 from .waiting import WaitingRoom
 
 if TYPE_CHECKING:
     from .flight import Flight
 
 
-SLOTTED = frozenset({"generate", "embed"})
-"""Verbs that take a slot; the others are quick and never wait behind a generation."""
 MOST_LIGHT = 64
 """Requests without a slot that a worker gets at once: a flood of them must not fill its pipe, or it would count as dead."""
 
@@ -28,37 +28,18 @@ TRIAL_ROUNDS = 16
 """About so many turns until all suspects have been tried, however many there are: isolation must not cost more than it saves."""
 
 
-class Need(NamedTuple):
-    """What a request asks of a worker: a verb and, when it resumes, a fingerprint.
-
-    `trial`: it has lost a worker and may be what killed it. Those who come from one dead worker would meet on the next, and the one
-    that kills take the others with it once more: so a worker tries one such request at a time, until its first chunk (several, when
-    very many wait).
-    """
-
-    verb: str
-    fingerprint: str | None = None
-    trial: bool = False
-
-    @property
-    def slotted(self) -> bool:
-        """Whether it takes a slot."""
-        return self.verb in SLOTTED
-
-    def met_by(self, card: ModelCard) -> bool:
-        """Whether the model, as offered by one worker, can do it."""
-        able = self.verb in card.verbs or (self.verb == "generate" and "chat" in card.verbs)
-        return able and self.fingerprint in (None, card.fingerprint)
-
-
 class Worker:
-    """A registered worker. `running` is this controller's own exact count of slots in use, `others` what it reports of others'."""
+    """A registered worker. `running` is this controller's own exact count of slots in use, `others` what it reports of others'.
+
+    `shares`: the same for each model that it offers, or that it does not offer any more and still answers.
+    """
 
     def __init__(self, identity: bytes, ready: Ready, epoch: int, now: float) -> None:
         self.identity = identity
         self.epoch = epoch
         self.name = ready.name
         self.lease = Lease(ready.ttl_ms / 1000, now)
+        self.shares: dict[str, Share] = {}
         self.update(ready)
         self.draining = False
         self.stalled_s: float | None = None
@@ -81,6 +62,9 @@ class Worker:
         self.slots = ready.slots
         self.loading = ready.state == "loading"
         self.cards = {card.name: card for card in ready.models}
+        self.shares = {model: share for model, share in self.shares.items() if share.running or model in self.cards}
+        for model, card in self.cards.items():
+            self.shares.setdefault(model, Share()).offer(card.slots, ready.slots)
         self.controllers = ready.controllers
         self.lease.ttl_s = ready.ttl_ms / 1000
 
@@ -120,12 +104,17 @@ class Worker:
         return self.free > 0 if need.slotted else self.usable and len(self.flights) - self.running < MOST_LIGHT
 
     def report(self, load: Load) -> bool:
-        """Take its heartbeat's figures; returns whether its free slots are others than before."""
+        """Take its heartbeat's figures; returns whether its free slots, or a model's, are others than before."""
         before = self.others
         self.others = max(0, load.running + load.waiting - load.yours)
         self.waiting = load.waiting
         self.step_age_ms = load.step_age_ms
-        return self.others != before
+        relented = [share.relent(self.others) for share in self.shares.values()]
+        return self.others != before or any(relented)
+
+
+NewPolicy: TypeAlias = Callable[[Callable[[Worker], int]], Policy[Worker]]
+"""Makes a pool's policy, which is told how to ask for a worker's free slots."""
 
 
 class Pool:
@@ -134,16 +123,14 @@ class Pool:
     It outlives its last worker for a while, so that requests survive a restart of it.
     """
 
-    def __init__(self, model: str, policy: Policy[Worker], waiting: WaitingRoom) -> None:
+    def __init__(self, model: str, new_policy: NewPolicy, waiting: WaitingRoom) -> None:
         self.model = model
-        self.policy = policy
+        self.policy = new_policy(self.free)
         self.waiting = waiting
         self.workers: dict[bytes, Worker] = {}
         self.card = ModelCard(model)
         """As its first ready worker offers it (or a loading one, or the last that there was)."""
         self.aliases: frozenset[str] = frozenset()
-        self.full: set[Worker] = set()
-        """Controllers below that said BUSY for this model, until they beat again or end one: their slots are not for every model."""
         self.running = 0
         self.orphan_timer: Timer | None = None
         self._affinity: Affinity[Worker] | None = None
@@ -175,16 +162,26 @@ class Pool:
         """A worker of this model has gone."""
         del self.workers[worker.identity]
         self.policy.remove(worker)
-        self.full.discard(worker)
         if self._affinity is not None:
             self._affinity.remove(worker)
         self._members_changed()
 
     def update(self, worker: Worker) -> None:
         """A worker of this model offers it in another way."""
-        self.full.discard(worker)
         self.policy.changed(worker)
         self._members_changed()
+
+    @property
+    def slots(self) -> int:
+        """How many requests of this model its workers take at a time, all together."""
+        return sum(worker.shares[self.model].of(worker.slots) for worker in self.workers.values())
+
+    def free(self, worker: Worker) -> int:
+        """Slots of this worker that dispatch may use now for this model."""
+        share = worker.shares[self.model]
+        if share.slots is None and not share.others:  # as most: for each request this is asked several times
+            return worker.free
+        return share.free(worker.free, worker.slots)
 
     def can(self, need: Need) -> bool:
         """Whether any worker that has loaded the model meets the need, free or not."""
@@ -195,8 +192,8 @@ class Pool:
         return not any(self.loads(worker) or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
 
     def serves(self, worker: Worker, need: Need) -> bool:
-        """Whether this worker meets the need, has not said that it is full, and may try one more suspect if it is one."""
-        able = need.met_by(worker.cards[self.model]) and not (need.slotted and worker in self.full)
+        """Whether this worker meets the need, has a slot for this model if it takes one, and may try one more suspect if it is one."""
+        able = need.met_by(worker.cards[self.model]) and not (need.slotted and self.free(worker) <= 0)
         return able and not (need.trial and worker.trials >= self.trials_at_once)
 
     @property
@@ -207,7 +204,7 @@ class Pool:
     def pick(self, need: Need, random: Random, affinity: str | None = None, avoid: frozenset[str] = frozenset()) -> Worker | None:
         """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
         allowed: Allowed[Worker] = None
-        if need.verb not in self._verbs or need.fingerprint is not None or need.trial or self.full:
+        if need.verb not in self._verbs or need.fingerprint is not None or need.trial:
             allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
         if avoid:
             worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
@@ -217,7 +214,7 @@ class Pool:
         if worker is None or affinity is None:
             return worker
         if self._affinity is None:
-            self._affinity = Affinity()
+            self._affinity = Affinity(self.free)
             for member in self.workers.values():
                 self._affinity.add(member)
         return self._affinity.pick(affinity, worker, allowed)
@@ -241,7 +238,7 @@ class Registry:
     `changes` counts those of who offers what, `moves` those of loads and states: who tells others of the whole looks again then.
     """
 
-    def __init__(self, new_policy: Callable[[], Policy[Worker]], new_waiting: Callable[[], WaitingRoom]) -> None:
+    def __init__(self, new_policy: NewPolicy, new_waiting: Callable[[], WaitingRoom]) -> None:
         self.workers: dict[bytes, Worker] = {}
         self.by_name: dict[str, Worker] = {}
         self.pools: dict[str, Pool] = {}
@@ -286,7 +283,7 @@ class Registry:
     def _join(self, worker: Worker, model: str) -> None:
         pool = self.pools.get(model)
         if pool is None:
-            pool = self.pools[model] = Pool(model, self._new_policy(), self._new_waiting())
+            pool = self.pools[model] = Pool(model, self._new_policy, self._new_waiting())
         worker.pools.append(pool)
         pool.add(worker)
 
@@ -315,14 +312,28 @@ class Registry:
         """Every model's name, sorted."""
         return sorted(self.pools)
 
-    def take(self, worker: Worker) -> None:
-        """One more of its slots is in use."""
+    def take(self, worker: Worker, model: str) -> None:
+        """One more of its slots is in use, for this model."""
         worker.running += 1
+        worker.shares[model].running += 1
         self.touch(worker)
 
-    def give_back(self, worker: Worker) -> None:
+    def give_back(self, worker: Worker, model: str) -> None:
         """One of its slots is free again."""
         worker.running -= 1
+        worker.shares[model].running -= 1
+        self.touch(worker)
+
+    def refused(self, worker: Worker, model: str) -> None:
+        """It said BUSY to a request for this model: others fill what it has, until a heartbeat tells by how much.
+
+        That is the model's own share, where it has one: behind a controller below are workers of other models.
+        """
+        share = worker.shares[model]
+        if worker.controllers or share.slots is not None:
+            share.refused(worker.slots)
+        else:
+            worker.others = max(worker.others, worker.slots - worker.running)
         self.touch(worker)
 
     def touch(self, worker: Worker) -> None:

@@ -65,5 +65,5 @@ def model_status(pool: Pool) -> ModelStatus:
         running=pool.running,
         waiting=len(pool.waiting),
         waiting_bytes=pool.waiting.bytes,
-        slots=sum(worker.slots for worker in pool.workers.values()),
+        slots=pool.slots,
     )

@@ -21,8 +21,8 @@ from .endings import error_message
 from .errors import BackendError, DuplicateRequest, MalformedMessage, ZmqserveError
 from .flight import Client
 from .liveness import Lease
+from .need import Need
 from .offer import offer
-from .registry import Need
 
 if TYPE_CHECKING:
     from .broker import Broker
@@ -147,7 +147,8 @@ class Uplink:
         registry = broker.registry
         if self._changes != registry.changes:
             self._changes = registry.changes
-            self._models = [offer(pool) for pool in registry.pools.values() if pool.workers]
+            slots = sum(worker.slots for worker in registry)
+            self._models = [offer(pool, slots) for pool in registry.pools.values() if pool.workers]
         usable = [worker for worker in registry if worker.usable]
         controllers = [broker.controller_id, *sorted({each for worker in registry for each in worker.controllers})]
         return m.Ready(

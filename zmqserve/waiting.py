@@ -12,7 +12,7 @@ from .rate import ServiceRate
 if TYPE_CHECKING:
     from .config import ControllerConfig
     from .flight import Client, Flight
-    from .registry import Need
+    from .need import Need
 
 _Line: TypeAlias = "OrderedDict[Flight, None]"
 _Level: TypeAlias = "OrderedDict[bytes, _Group]"

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import Protocol
 
 import msgspec
 
+from .admission import by_name
 from .answers import Answer
 from .desk import Desk
 from .errors import Refused
 from .lane import Lane, Outbound
 from .link import ControllerLink
 from .logs import Logger
-from .messages import ControllerHead, Load, Peek, Ready
+from .messages import ControllerHead, Load, ModelCard, Peek, Ready, RequestHeader
 
 log = Logger("zmqserve.worker")
 SLOT_TAGS = (2, 3)
 """Generate and Embed take a slot; what else is asked is quick."""
 
 _peek = msgspec.msgpack.Decoder(Peek)
+_header = msgspec.msgpack.Decoder(RequestHeader)
 
 
 class Served(Protocol):
@@ -36,6 +39,7 @@ class Served(Protocol):
 
 class Workload:
     """The LinkHost of a worker's links. It counts slots: a request takes one when it goes to the desk and gives it back with its end.
+    One for a model whose card says `slots` takes one of those too; `held` counts them by that model's name, all others by none.
 
     `links` are added by the owner, which ticks them through `tick` and asks after each turn whether the workload has `finished`.
     What the desk has to do goes through ``hand(function, *arguments)``, which runs such calls in order; what comes back to the owner
@@ -58,11 +62,13 @@ class Workload:
         self.state = "loading"
         self.slots = 0
         self.running = 0
+        self.held: Counter[str] = Counter()
         self.links: dict[ControllerLink, Lane | None] = {}
         self.failure: BaseException | None = None
         self.ending = False
         self.drain_ends_s = inf
         self._open = 0
+        self._shared: dict[str, ModelCard] = {}
         self._worker = worker
         self._out = out
         self._grace_s = grace_s
@@ -80,10 +86,11 @@ class Workload:
 
     # --- what its worker decides ------------------------------------------------------------------
 
-    def announce(self, slots: int) -> None:
-        """The model is loaded."""
+    def announce(self, slots: int, cards: Iterable[ModelCard] = ()) -> None:
+        """The models are loaded: all together may have so many slots, and each as many as its card says."""
         if self.state == "loading":
             self.state, self.slots = "ready", slots
+            self._shared = by_name(card for card in cards if card.slots is not None)
             for link in self.links:
                 link.announce()
 
@@ -129,6 +136,7 @@ class Workload:
             self._open -= 1
             if ended.slot:
                 self.running -= 1
+                self.held[ended.share] -= 1
                 lane.yours -= 1
                 self._tell_others(lane.link)
 
@@ -154,6 +162,12 @@ class Workload:
             slot = False
         if slot and (self.running >= self.slots or self.state != "ready"):
             return False
+        card = self._shared.get(_model_of(payload)) if slot and self._shared else None
+        share = ""
+        if card is not None and card.slots is not None:
+            share = card.name
+            if self.held[share] >= card.slots:
+                return False
         lane = self.links[link]
         if lane is None:
             lane = Lane(link, link.epoch, self._out, min(self._message_bytes, link.message_bytes or self._message_bytes))
@@ -163,9 +177,10 @@ class Workload:
             if not self.running:
                 self.desk.rouse()
             self.running += 1
+            self.held[share] += 1
             lane.yours += 1
             self._tell_others(link)
-        self._hand(self.desk.request, lane, head, payload, slot, self._now())
+        self._hand(self.desk.request, lane, head, payload, slot, share, self._now())
         return True
 
     def cancel(self, link: ControllerLink, client: int, rid: int) -> None:
@@ -212,3 +227,11 @@ class Workload:
         for other in self.links:
             if other is not link:
                 other.others_changed(now)
+
+
+def _model_of(payload: bytes) -> str:
+    """What the request asks for; empty where that cannot be read, which the desk will say."""
+    try:
+        return _header.decode(payload).model
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return ""

@@ -147,7 +147,13 @@ class Faults:
         if worker is None or any(twin.config is worker.config and twin.alive for twin in self.twins):
             return
         twin = WorkerNode(
-            self.world, self.network, f"{worker.name}'{len(self.twins)}", worker.config, token_s=worker.token_s, load_s=worker.load_s
+            self.world,
+            self.network,
+            f"{worker.name}'{len(self.twins)}",
+            worker.config,
+            token_s=worker.token_s,
+            load_s=worker.load_s,
+            shares=worker.shares,
         )
         self.twins.append(twin)
         if self.random.random() < 0.5:

@@ -69,9 +69,9 @@ def _leaked_slot() -> list[Replacement]:
     """A controller does not take a slot back."""
     original, returns = Registry.give_back, count(1)
 
-    def give_back(self: Registry, worker: Any) -> None:
+    def give_back(self: Registry, worker: Any, model: str) -> None:
         if next(returns) % EVERY:
-            original(self, worker)
+            original(self, worker, model)
 
     return [(Registry, "give_back", give_back)]
 

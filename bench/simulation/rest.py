@@ -33,6 +33,7 @@ def _controller(node: ControllerNode) -> dict[str, object]:
         "running": flights.running,
         "flights on workers": [flight for worker in workers for flight in worker.flights.values()],
         "slots in use": {worker.name: (worker.running, worker.others) for worker in workers if worker.running or worker.others},
+        "shares in use": [share for worker in workers for share in worker.shares.values() if share.running or share.others],
         "unusable workers": [worker for worker in workers if not worker.usable],
         "workers not heard lately": [worker for worker in workers if worker.quiet(node.clock_s)],
         "waiting requests": sum(len(pool.waiting) for pool in broker.registry.pools.values()),
@@ -50,6 +51,7 @@ def _worker(node: WorkerNode) -> dict[str, object]:
     lanes = [lane for lane in workload.links.values() if lane is not None]
     return {
         "requests running": workload.running,
+        "slots held by models": [model for model, held in workload.held.items() if held],
         "requests open": workload._open,
         "jobs": list(node.jobs),
         "answers": [answer for lane in lanes for answer in lane.answers.values()],

@@ -72,7 +72,14 @@ class Run:
         ]
         self.workers = [
             WorkerNode(
-                world, self.network, plan.config.name or "", plan.config, token_s=plan.token_s, load_s=plan.load_s, lag_s=scenario.lag_s
+                world,
+                self.network,
+                plan.config.name or "",
+                plan.config,
+                token_s=plan.token_s,
+                load_s=plan.load_s,
+                shares=plan.shares,
+                lag_s=scenario.lag_s,
             )
             for plan in scenario.workers
         ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
@@ -47,11 +47,19 @@ UTILISATION = 0.4
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """A worker and its pace, in seconds."""
+    """A worker and its pace, in seconds. `shares`: the models that it serves, with how many of its slots each may have; empty: one."""
 
     config: WorkerConfig
     token_s: float
     load_s: float
+    shares: Mapping[str, int] = field(default_factory=dict)
+
+    def slots(self, model: str) -> float:
+        """Its slots for that model, about, when all of its models are asked for."""
+        slots = self.config.slots or 1
+        if not self.shares:
+            return slots if model == self.config.model else 0
+        return min(self.shares.get(model, 0), slots / len(self.shares))
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def draw(seed: int, allowed: Collection[str] = KINDS) -> Scenario:
         _worker(random, f"w{number}", leaves, models[number % len(models)], everywhere=number < len(models), slowest_s=slowest_s)
         for number in range(max(len(models), random.randrange(1, 5)))
     )
+    workers = _shared(Random(f"{seed}/shares"), workers, models)
     clients = {f"u{number}": tuple(_known_to_client(random, roots, controllers)) for number in range(random.choice((1, 1, 2, 3)))}
     habits = Habits(
         gap_s=max(random.uniform(3.0, 12.0), len(clients) * _seconds_per_request(workers, longest) / UTILISATION) / (3 if overload else 1),
@@ -169,10 +178,22 @@ def _worker(random: Random, name: str, leaves: list[str], model: str, *, everywh
     return WorkerPlan(config, token_s=slowest_s * random.uniform(0.1, 1.0), load_s=random.choice((0.0, 0.5, 3.0)))
 
 
+def _shared(random: Random, workers: tuple[WorkerPlan, ...], models: tuple[str, ...]) -> tuple[WorkerPlan, ...]:
+    """Some workers serve all models, and some give a model only a part of their slots."""
+    if random.random() < 0.5:
+        return workers
+
+    def shares(plan: WorkerPlan) -> dict[str, int]:
+        served = models if random.random() < 0.7 else (plan.config.model,)
+        return {model: random.randrange(1, 1 + (plan.config.slots or 1)) for model in served}
+
+    return tuple(replace(plan, shares=shares(plan)) for plan in workers)
+
+
 def _seconds_per_request(workers: tuple[WorkerPlan, ...], longest: int) -> float:
     """What one more request takes of the scarcest model's workers together. Lengths are squares of even draws: a third on average."""
     models = {plan.config.model for plan in workers}
-    rates = [sum((plan.config.slots or 1) / plan.token_s for plan in workers if plan.config.model == model) for model in models]
+    rates = [sum(plan.slots(model) / plan.token_s for plan in workers) for model in models]
     return longest / 3 / min(rates)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from random import Random
 from typing import Any
+
+from msgspec.structs import replace
 
 from zmqserve.admission import by_name
 from zmqserve.answers import Answer, Job
@@ -15,7 +17,7 @@ from zmqserve.desk import Desk
 from zmqserve.jobs import Delta, Vectors
 from zmqserve.lane import Lane
 from zmqserve.link import ControllerLink
-from zmqserve.messages import CountTokens, Embed
+from zmqserve.messages import CountTokens, Embed, ModelCard
 from zmqserve.worker import WorkerConfig
 from zmqserve.workload import Workload
 
@@ -39,6 +41,11 @@ class _Echo(EchoWorker):  # type: ignore[misc]
     def __init__(self, node: WorkerNode, config: WorkerConfig) -> None:
         super().__init__(config, dimensions=DIMENSIONS)
         self._node = node
+
+    def load(self) -> list[ModelCard]:
+        cards: list[ModelCard] = super().load()
+        shares = self._node.shares
+        return [replace(cards[0], name=model, slots=slots) for model, slots in shares.items()] if shares else cards
 
     def begin(self, job: Job) -> None:
         self._node.begin_job(job, self._steps(job))
@@ -65,16 +72,27 @@ class _Echo(EchoWorker):  # type: ignore[misc]
 
 
 class WorkerNode(Node):
-    """`token_s`: from one token of all its answers to the next. `load_s`: what loading its model takes. `hung`: its engine does
-    nothing while its links beat. It leaves by itself when it was drained, and when all refuse it."""
+    """`token_s`: from one token of all its answers to the next. `load_s`: what loading its models takes. `shares`: those models with their
+    slots; empty: one, which may have all slots. `hung`: its engine does nothing while its links beat. It leaves by itself when it was
+    drained, and when all refuse it."""
 
     def __init__(
-        self, world: World, network: Network, name: str, config: WorkerConfig, *, token_s: float, load_s: float, lag_s: float = 0.0
+        self,
+        world: World,
+        network: Network,
+        name: str,
+        config: WorkerConfig,
+        *,
+        token_s: float,
+        load_s: float,
+        shares: Mapping[str, int],
+        lag_s: float = 0.0,
     ) -> None:
         super().__init__(world, network, name, lag_s=lag_s)
         self.config = config
         self.token_s = token_s
         self.load_s = load_s
+        self.shares = shares
         self.hung = False
         self.on_poison: Callable[[WorkerNode], object] = lambda _node: None
         self.on_left: Callable[[WorkerNode], object] = lambda _node: None
@@ -230,7 +248,7 @@ class WorkerNode(Node):
     def _loaded(self) -> None:
         self.worker.complete()
         self.desk.cards = by_name(self.worker.cards)
-        self.workload.announce(self.worker.slots)
+        self.workload.announce(self.worker.slots, self.worker.cards)
         self.stir()
 
     def begin_job(self, job: Job, steps: Iterator[Sequence[Delta]]) -> None:

@@ -75,7 +75,7 @@ def smollm2_directory() -> str:
     """Where SmolLM2 lies; fetched the first time."""
     from zmqserve.backends import smollm2
 
-    return str(smollm2.fetch())
+    return str(smollm2.MODEL.fetch())
 
 
 @cache
@@ -87,7 +87,7 @@ def minilm_directory() -> str:
     """Where all-MiniLM-L6-v2 lies; fetched the first time."""
     from zmqserve.backends import minilm
 
-    return str(minilm.fetch())
+    return str(minilm.MODEL.fetch())
 
 
 @cache
@@ -174,14 +174,11 @@ TRANSFORMERS = Subject(
     embed_tokenizer=minilm_tokenizer,
     context_length=8192,
     directory=smollm2_directory,
-    refuses={"guided": "transformers has no guided decoding"},
     marks=("heavy",),
     patience_s=120.0,
 )
 
-VLLM = replace(
-    TRANSFORMERS, name="vllm", backend="vllm", launch=vllm_launch, context_length=2048, refuses={}, marks=("vllm",), patience_s=300.0
-)
+VLLM = replace(TRANSFORMERS, name="vllm", backend="vllm", launch=vllm_launch, context_length=2048, marks=("vllm",), patience_s=300.0)
 
 HF = replace(
     VLLM,

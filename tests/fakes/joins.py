@@ -13,6 +13,8 @@ from zmqserve.params import SamplingParams
 from .controller import FakeController, Received, chunks_of
 
 PATIENCE_S = 60.0
+AT_ONCE = 8
+"""Requests under way together: fewer than any worker here has slots."""
 
 
 class Piece(NamedTuple):
@@ -69,7 +71,20 @@ class Asker:
 
     def answer(self, request: m.Generate) -> Answer:
         """The whole answer, or the rest of it."""
-        got = self.received(request)
+        return self._answer(self.received(request))
+
+    def answers(self, requests: list[m.Generate]) -> list[Answer]:
+        """The same of several, which are asked at once; they must fit into the worker's slots."""
+        rids = [self.send(request) for request in requests]
+        got: list[Received] = []
+        ends: dict[int, list[Received]] = {}
+        while len(ends) < len(rids):
+            got.append(self.controller.expect(m.FIRST, m.MORE, m.DONE, m.FAILED, timeout_s=PATIENCE_S))
+            if got[-1].head.kind in (m.DONE, m.FAILED):
+                ends[got[-1].head.rid] = list(got)
+        return [self._answer(ends[rid]) for rid in rids]
+
+    def _answer(self, got: list[Received]) -> Answer:
         done = got[-1].message
         assert isinstance(done, m.Done), done
         pieces = [Piece(c.seq, c.text, tuple(m.unpack_ids(c.token_ids))) for c in chunks_of(got, done.rid)]
@@ -87,10 +102,16 @@ class Asker:
         """Cut the answer after each of its chunks but the last: what comes then must be what came the first time, chunk by chunk."""
         whole = self.answer(request)
         assert len(whole.pieces) > 2, "nothing to cut"
-        for cut in range(1, len(whole.pieces)):
-            rest = self.answer(msgspec.structs.replace(request, resume=whole.resume(cut)))
-            assert rest == whole._replace(pieces=whole.pieces[cut:]), f"cut after {cut} chunks"
+        for cuts in batched(range(1, len(whole.pieces)), AT_ONCE):
+            rests = self.answers([msgspec.structs.replace(request, resume=whole.resume(cut)) for cut in cuts])
+            for cut, rest in zip(cuts, rests, strict=True):
+                assert rest == whole._replace(pieces=whole.pieces[cut:]), f"cut after {cut} chunks"
         return whole
+
+
+def batched(cuts: range, most: int) -> list[range]:
+    """Parts of so many at most."""
+    return [cuts[start : start + most] for start in range(0, len(cuts), most)]
 
 
 def asked(
