@@ -27,15 +27,16 @@ test:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest
+	.venv/bin/pytest -m parallel -n 2
+	.venv/bin/pytest -m 'not parallel'
 
 # vLLM has an environment of its own: it pins PyTorch and much else.
 test-vllm:
 	@scripts/setup.sh vllm
-	.venv-vllm/bin/pytest -m vllm tests/conformance tests/test_vllm_worker.py tests/test_hf_vllm_server.py
+	.venv-vllm/bin/pytest -m vllm tests/conformance tests/test_vllm_worker.py tests/test_hf_vllm_server.py tests/test_bench_vllm.py
 
 setup:
 	@scripts/setup.sh test
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm examples/node/node_modules build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

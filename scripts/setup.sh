@@ -67,6 +67,51 @@ pip_install() {
     fail "pip could not install the packages; what it says is above, all of it is in $log. Then run $again again"
 }
 
+c_packages() {
+    # What the client in C needs that this system lacks, by the names of its packages; nothing where it is all there.
+    local found=()
+    { echo '#include <stdio.h>' | cc -E - && command -v make && command -v pkg-config; } >/dev/null 2>&1 || found+=(gcc libc6-dev make pkg-config)
+    pkg-config --exists libzmq 2>/dev/null || found+=(libzmq3-dev)
+    if ! pkg-config --exists msgpack-c 2>/dev/null && ! pkg-config --exists msgpack 2>/dev/null; then
+        # The second is its name in Debian 12 and Ubuntu 22.04.
+        if apt-cache show libmsgpack-c-dev >/dev/null 2>&1; then found+=(libmsgpack-c-dev); else found+=(libmsgpack-dev); fi
+    fi
+    echo "${found[*]}"
+}
+
+install_for_c() {
+    # Only the tests of examples/c need it, and they are left out without it: nothing here ends the set-up.
+    local packages
+    packages=$(c_packages)
+    [ -n "$packages" ] || return 0
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "installing what the client in C needs: $packages"
+        apt-get update -qq && packages=$(c_packages) || true
+        # shellcheck disable=SC2086 # words
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $packages >/dev/null && return
+    fi
+    say "the tests of the client in C will be left out; to have them run: apt-get install $packages"
+}
+
+has_node() { node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' && npm --version; } >/dev/null 2>&1
+
+install_for_node() {
+    # Only the tests of examples/node need it, and they are left out without it: nothing here ends the set-up.
+    local folder=examples/node
+    cmp -s $folder/package-lock.json $folder/node_modules/.installed && return
+    (
+        PATH=$PWD/$venv/bin:$PATH
+        if ! has_node; then
+            say "installing Node, for the client and the worker in Node: 60 MB"
+            python -m pip --disable-pip-version-check install --quiet "${pip_args[@]+"${pip_args[@]}"}" --editable ".[node]" || exit
+        fi
+        say "installing what the client and the worker in Node need: a few seconds"
+        # The ZeroMQ package brings its library built, so no script of a package has to run.
+        npm --prefix $folder ci --ignore-scripts --no-audit --no-fund --loglevel=error --fetch-retries=1 >/dev/null || exit
+        cp $folder/package-lock.json $folder/node_modules/.installed
+    ) || say "the tests of the client and the worker in Node will be left out: they need Node 18 or newer and the npm registry"
+}
+
 settings() {
     # All that the environment depends on; the place too, because the package is installed in place.
     printf '%s\n' "$PWD" "$torch" "${PIP_ARGS:-}"
@@ -80,6 +125,7 @@ if ! new_enough $venv/bin/python || ! $venv/bin/python -c 'import pip' 2>/dev/nu
     create_venv
 fi
 if is_set_up "$level" || { [ "$level" = demo ] && is_set_up test; }; then
+    [ "$level" != test ] || install_for_node
     exit 0
 fi
 
@@ -96,6 +142,10 @@ if [ "$level" = vllm ]; then
 else
     say "2/2 installing zmqserve[$extras] in place: about 100 MB more, a minute or two"
     pip_install --editable ".[$extras]"
+fi
+if [ "$level" = test ]; then
+    install_for_c
+    install_for_node
 fi
 settings >"$venv/stamp-$level"
 say "set up in $((SECONDS - start)) s; the next time takes none"

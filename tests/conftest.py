@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,9 +22,56 @@ settings.load_profile("zmqserve")
 LEAVE_S = 5.0
 """What a thread or process may take to end after its test, on a busy machine."""
 
+PARALLEL = frozenset(
+    {
+        "conformance",
+        "test_adapters.py",
+        "test_batching.py",
+        "test_broker_garbage.py",
+        "test_broker_machine.py",
+        "test_checkpoint.py",
+        "test_demo.py",
+        "test_dispatch.py",
+        "test_embedding.py",
+        "test_embedding_pipelines.py",
+        "test_guided.py",
+        "test_guided_answers.py",
+        "test_messages.py",
+        "test_packaging.py",
+        "test_params.py",
+        "test_protocol_page.py",
+        "test_resume_joins.py",
+        "test_simulation.py",
+        "test_smollm2.py",
+        "test_smollm2_generate.py",
+        "test_transformers_worker.py",
+        "test_typing.py",
+    }
+)
+"""Files and folders that keep a core busy, and where real time decides nothing: their tests are marked `parallel`."""
+
 _KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
 _KEPT_PROCESSES = ("resource_tracker", "forkserver")
 """Parts of names: those that a library starts once for the life of the process."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say which tests may run beside others."""
+    if item.path.relative_to(Path(__file__).parent).parts[0] in PARALLEL:
+        item.add_marker(pytest.mark.parallel)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run the tests (-n 2), one runs all of a file or folder: they share what its fixtures load."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "/".join(nodeid.partition("::")[0].split("/")[:2])
+
+    config.option.loadscopereorder = False  # by the number of tests, which says nothing of their time
+    return ByPlace(config, log)
 
 
 @pytest.hookimpl(trylast=True)
@@ -45,13 +95,13 @@ def interruptible() -> Iterator[None]:
 def nothing_leaks() -> Iterator[None]:
     """Fail a test that leaves a thread or a child process. What a fixture of a wider scope started before is its own affair."""
     threads_before = set(threading.enumerate())
-    children_before = set(psutil.Process().children())
+    children_before = _children()
     yield
     deadline_s = time.monotonic() + LEAVE_S
     threads = [thread for thread in threading.enumerate() if thread not in threads_before and not _is_kept_thread(thread)]
     for thread in threads:
         thread.join(max(0.0, deadline_s - time.monotonic()))
-    children = [child for child in psutil.Process().children() if child not in children_before and not _is_kept_process(child)]
+    children = [child for child in _children() if child not in children_before and not _is_kept_process(child)]
     _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline_s - time.monotonic()))
     left = [f"thread {thread.name!r}" for thread in threads if thread.is_alive()]
     left += [f"process {child.pid}: {_command(child)}" for child in alive]
@@ -59,6 +109,15 @@ def nothing_leaks() -> Iterator[None]:
         child.kill()
     if left:
         pytest.fail(f"left running: {'; '.join(left)}", pytrace=False)
+
+
+def _children() -> set[psutil.Process]:
+    """This process's own. Most tests have none, and the system says that at once, while psutil reads about every process there is."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return set()
+    return set(psutil.Process().children())
 
 
 def _is_kept_thread(thread: threading.Thread) -> bool:

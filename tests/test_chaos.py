@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -181,22 +182,30 @@ def test_nothing_is_lost_under_chaos() -> None:
     assert figures["share_whole"] >= 0.995
 
 
+UNMET = {
+    "drop": "chunks lost or doubled on the way",
+    "duplicate": "chunks lost or doubled on the way",
+    "skip": "wrong or duplicated tokens",
+    "leak": "slots leaked",
+}
+"""What a run with this planted bug must complain of."""
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, tuple[int, dict[str, Any], str]]:
+    """A run per bug, all at once, without any fault beside it: what fails the run is the bug."""
+    with ThreadPoolExecutor(len(UNMET)) as pool:
+        runs = {name: pool.submit(chaos, "--seconds", "2", "--tokens", "30", "--plant", name) for name in UNMET}
+    return {name: run.result() for name, run in runs.items()}
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("plant", "unmet"),
-    [
-        ("drop", "chunks lost or doubled on the way"),
-        ("duplicate", "chunks lost or doubled on the way"),
-        ("skip", "wrong or duplicated tokens"),
-        ("leak", "slots leaked"),
-    ],
-)
-def test_a_planted_bug_fails_the_run(plant: str, unmet: str) -> None:
-    """Without any fault beside it: what fails the run is the bug."""
-    code, figures, said = chaos("--seconds", "2", "--tokens", "30", "--plant", plant)
+@pytest.mark.parametrize("name", UNMET)
+def test_a_planted_bug_fails_the_run(planted: dict[str, tuple[int, dict[str, Any], str]], name: str) -> None:
+    code, figures, said = planted[name]
     assert code == 1, said
-    assert unmet in figures["unmet"], said
+    assert UNMET[name] in figures["unmet"], said
 
 
 @pytest.mark.heavy
@@ -241,8 +250,11 @@ def test_what_a_full_queue_cannot_take_is_refused_and_the_rest_leaves_nothing() 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("raw", [False, True], ids=["sdk", "bare socket"])
-def test_stopped_clients_cost_bounded_memory_and_leave_nothing(raw: bool) -> None:
-    figures = backpressure.stopped(4, 50, 40, 4.0, raw=raw)
-    assert figures["above idle, MiB"] < backpressure.MEMORY_MIB
-    assert figures["in flight at the end"] == 0
+def test_stopped_clients_cost_bounded_memory_and_leave_nothing() -> None:
+    """Those of the SDK and bare sockets, each kind in a network of its own."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {raw: pool.submit(backpressure.stopped, 4, 50, 40, 4.0, raw=raw) for raw in (False, True)}
+    for raw, run in runs.items():
+        figures = run.result()
+        assert figures["above idle, MiB"] < backpressure.MEMORY_MIB, f"raw {raw}"
+        assert figures["in flight at the end"] == 0, f"raw {raw}"

@@ -20,9 +20,10 @@ from tests.fakes.broker import PATIENCE_S, TIMINGS, USAGE, Broker, chunk, done, 
 from zmqserve import errors
 from zmqserve import messages as m
 from zmqserve.client import Client
+from zmqserve.connection import _Seat
 from zmqserve.params import EmbedParams, SamplingParams
 from zmqserve.peer import State
-from zmqserve.requests import EmbedOptions, Sampling, Turn
+from zmqserve.requests import EmbedFields, Sampling, Turn
 from zmqserve.results import Completion, ServedModel
 
 Start = Callable[..., tuple[Broker, Client]]
@@ -120,7 +121,7 @@ def test_the_other_verbs(start: Start) -> None:
     assert model == ServedModel(card, "ready", ["w1"], 1, 2, 4)
     assert (model.name, model.context_length, model.aliases) == ("m", 2048, ["mm"])
     assert client.status() == status
-    assert client.drain("w1", grace_s=1.5) == 3
+    assert client.drain_worker("w1", grace_s=1.5) == 3
     kinds: list[Any] = [m.CountTokens, m.CountTokens, m.ModelDetails, m.ListModels, m.Status]
     assert len({broker.expect(kind).rid for kind in kinds}) == 5
     assert broker.expect(m.Drain).grace_ms == 1500
@@ -185,8 +186,8 @@ def test_without_numpy_embed_says_what_to_install(start: Start, monkeypatch: pyt
         (lambda c: c.embed("m", {"x"}), "texts"),
         (lambda c: c.embed("m", ["x", 3]), "texts[1]"),
         (lambda c: c.count_tokens("m", [1, 2]), "prompt"),
-        (lambda c: c.drain(""), "worker"),
-        (lambda c: c.drain("w", -1), "grace_s"),
+        (lambda c: c.drain_worker(""), "worker"),
+        (lambda c: c.drain_worker("w", -1), "grace_s"),
     ],
 )
 def test_what_cannot_be_right_is_never_sent(start: Start, ask: Callable[[Client], Any], parameter: str) -> None:
@@ -224,7 +225,7 @@ def test_endpoints_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_keywords_are_those_of_the_params() -> None:
     """What type checkers offer is what may be given."""
     assert set(Sampling.__annotations__) == set(SamplingParams.__struct_fields__)
-    assert set(EmbedOptions.__annotations__) == set(EmbedParams.__struct_fields__)
+    assert set(EmbedFields.__annotations__) == set(EmbedParams.__struct_fields__)
 
 
 # --- cancelling --------------------------------------------------------------------------------
@@ -446,7 +447,7 @@ def test_an_interrupt_in_a_failover_cancels(start: Start) -> None:
     def interrupt() -> None:
         broker.expect(m.Generate)
         broker.close()
-        session = client._connection._session
+        session = client._connection._pump.session
         until_s = monotonic() + PATIENCE_S
         while session.state is not State.GREETING:
             assert monotonic() < until_s
@@ -458,7 +459,7 @@ def test_an_interrupt_in_a_failover_cancels(start: Start) -> None:
         with pytest.raises(KeyboardInterrupt):
             client.generate("m", "x", stream=False)
         sender.result(PATIENCE_S)
-    assert client._connection._session.calls == {}
+    assert client._connection._pump.session.calls == {}
 
 
 def test_after_a_loss_the_client_works_again(start: Start) -> None:
@@ -597,7 +598,7 @@ def test_the_ttl_is_said_soon_although_nobody_reads(start: Start) -> None:
 def test_models_status_and_drain_keep_the_clients_timeout(start: Start) -> None:
     """The controller answers Pings and nothing else. Only the client knows of this deadline, so nothing is waited for after it."""
     _, client = start(timeout_s=0.2)
-    for ask in (client.models, client.status, lambda: client.drain("w")):
+    for ask in (client.models, client.status, lambda: client.drain_worker("w")):
         began = monotonic()
         with pytest.raises(errors.DeadlineExceeded, match=r"0\.2 s"):
             ask()
@@ -649,7 +650,8 @@ def test_a_lead_that_an_interrupt_tore_away_is_taken_up_again(start: Start) -> N
     rid = broker.expect(m.Generate).rid
     connection: Any = client._connection
     with connection._mutex:
-        connection._leader = object()
+        connection._leader = _Seat(stream._open)
+        connection._leader.thread = 0
         connection._leader_s = monotonic() - 10
     broker.send(done(rid, 0, last=chunk(rid, 0, "ok")))
     assert stream.text() == "ok"

@@ -262,7 +262,7 @@ def test_a_rolling_restart_of_all_workers_under_load_loses_nothing(how: str) -> 
         try:
             for name in ("w0", "w1"):
                 if how == "drain":
-                    client.drain(name)
+                    client.drain_worker(name)
                 else:
                     workers[name].send(signal.SIGTERM)
                 assert workers[name].process.wait(PATIENCE_S) == 0

@@ -236,11 +236,11 @@ def test_draining_one_replica_of_up_leaves_the_others_and_the_last_one_ends_it()
         clients = up.wait_for("controller up")["clients"][0]
         first, last = (up.wait_for(CAME, state="ready")["worker"] for _ in range(2))
         with Client(clients) as client:
-            client.drain(first)
+            client.drain_worker(first)
             up.wait_for("a worker was drained", left=1)
             assert [worker.name for worker in client.status().workers] == [last]
             assert client.generate("m", "a b", stream=False).timings.worker == last
-            client.drain(last)
+            client.drain_worker(last)
         up.wait_for("a worker was drained", left=0)
         assert up.process.wait(PATIENCE_S) == 0
 

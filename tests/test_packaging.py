@@ -89,7 +89,7 @@ def test_metadata_names_the_core_dependencies_and_the_extras(wheel: Path) -> Non
     required = {line.split()[1].split(">")[0] for line in lines if line.startswith("Requires-Dist: ") and "extra ==" not in line}
     assert required == {"msgspec", "pyzmq", "structlog"}
     extras = {line.split()[1] for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"transformers", "hf", "vllm", "embeddings", "bench", "dev"}
+    assert extras == {"transformers", "hf", "vllm", "embeddings", "bench", "node", "dev"}
 
 
 def test_nothing_named_backends_is_importable(python: Path, tmp_path: Path) -> None:

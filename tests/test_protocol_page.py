@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,14 @@ from msgspec import NODEFAULT, Struct
 from tests.vectors.generate import FILE
 from zmqserve import messages as m
 from zmqserve import params
-from zmqserve.errors import BY_CODE
+from zmqserve.config import ControllerConfig
+from zmqserve.deadlines import LATE_S
+from zmqserve.errors import BY_CODE, BindFailed, ConnectionFailed, InvalidEndpoint, ProtocolMismatch, Refused
+from zmqserve.link import FRESH_SOCKET_S, LOAD_GAP_S, REGISTER_RETRY_S, SILENT_TTLS
+from zmqserve.liveness import BEATS_PER_TTL
 from zmqserve.relay import MAX_ENVELOPE
+from zmqserve.session import Session
+from zmqserve.worker import WorkerConfig
 
 PAGE = (Path(__file__).parents[1] / "PROTOCOL.md").read_text()
 GOLDEN = {entry["name"]: entry["hex"] for entry in json.loads(FILE.read_text())["messages"]}
@@ -90,6 +97,38 @@ def test_error_codes_are_all_listed() -> None:
         for code, name, retryable in re.findall(r"^\| (\d{5}) \| (\w+) \|.*\| (yes|no) \|$", PAGE, re.MULTILINE)
     }
     assert listed == {code: (cls.__name__, "yes" if cls.retryable else "no") for code, cls in BY_CODE.items()}
+
+
+def test_codes_that_are_never_sent_are_those_of_what_a_program_finds_itself() -> None:
+    """They are the ways to a controller, an endpoint, and what a worker raises that was refused."""
+    found = re.search(r"^40000 comes in Refused only\. (.*) are not sent:", PAGE, re.MULTILINE)
+    assert found is not None
+    own = {code for code, cls in BY_CODE.items() if issubclass(cls, ConnectionFailed | InvalidEndpoint | BindFailed | Refused)}
+    assert {int(code) for code in re.findall(r"\d{5}", found[1])} == own - {ProtocolMismatch.code}
+
+
+def test_times_are_the_defaults() -> None:
+    text = PAGE[PAGE.index("\n## Times\n") : PAGE.index("\n## Versions\n")]
+    told = {row[0]: row[1] for row in rows(text)}
+    config, worker, client = ControllerConfig(), WorkerConfig(), inspect.signature(Session).parameters["ttl_s"].default
+    expected = {
+        "a controller's ttl": f"{config.ttl_s:g} s",
+        "a worker's ttl": f"{worker.ttl_s:g} s",
+        "a client's ttl": f"{client:g} s",
+        "between two LOADs": f"{LOAD_GAP_S * 1000:g} ms",
+        "READY again": f"{REGISTER_RETRY_S:g} s",
+        "a worker's fresh socket": f"{SILENT_TTLS} ttl, then {FRESH_SOCKET_S[0]:g}-{FRESH_SOCKET_S[1]:g} s",
+        "a request without a deadline": f"{config.default_deadline_s:g} s",
+        "after a deadline": f"{LATE_S:g} s",
+        "after a Cancel": f"{config.cancel_timeout_s:g} s",
+        "an engine that does not step": f"{config.stall_s:g} s",
+        "requests wait for a model": f"{config.orphan_grace_s:g} s",
+        "a drained worker's grace": f"{config.drain_grace_s:g} s",
+        "a ZMTP handshake": "1 s",
+    }
+    assert len(told) == len(expected)
+    assert {key: value for key in expected for what, value in told.items() if what.startswith(key)} == expected
+    assert text.count("every third of it") == BEATS_PER_TTL
 
 
 def test_numbers_in_the_prose_are_the_codes() -> None:

@@ -17,7 +17,8 @@ from .processes import PATIENCE_S, ServedController, network
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-RAW = next(block for block in BLOCKS if "zmq.REQ" in block)
+RAW = next(block for block in BLOCKS if "zmq.REQ)" in block)
+STREAMED = next(block for block in BLOCKS if "zmq.DEALER" in block)
 
 
 def run(block: str, endpoint: str) -> str:
@@ -33,6 +34,12 @@ def test_the_client_block() -> None:
     with network("w") as (controller, _):
         lines = run(block, controller.clients).splitlines()
     assert lines == ["a b c a ba b c a b length 5 w", "hello there", "(2, 384) 3 ['m']"]
+
+
+def test_the_asyncio_block() -> None:
+    block = next(block for block in BLOCKS if "client.map" in block)
+    with network("w", worker_arguments=("--slots", "8")) as (controller, _):
+        assert run(block, controller.clients).splitlines() == ["a b c a b200", "0 x y", "1 z z"]
 
 
 def test_the_embeddings_block() -> None:
@@ -61,9 +68,35 @@ def test_the_raw_block() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_the_raw_block_through_proxies(devices: int) -> None:
+def test_the_raw_blocks_through_proxies(devices: int) -> None:
     with network("w") as (controller, _), proxies(controller.clients, devices) as endpoint:
         assert run(RAW, endpoint) == "a b c a b\n"
+        assert run(STREAMED, endpoint) == "a b c a b"
+
+
+def test_the_dealer_block() -> None:
+    with network("w") as (controller, _):
+        assert run(STREAMED, controller.clients) == "a b c a b"
+        assert run(STREAMED.replace('"m"', '"nope"'), controller.clients) == "error 40301: no worker serves model 'nope'; known: m\n"
+
+
+@pytest.mark.parametrize("devices", [0, 1])
+def test_the_poller_block(devices: int) -> None:
+    block = next(block for block in BLOCKS if "PolledClient(" in block)
+    with network("w") as (controller, _), proxies(controller.clients, devices) as endpoint:
+        assert run(block, endpoint) == "a b c a b"
+
+
+def test_the_inproc_block() -> None:
+    block = next(block for block in BLOCKS if "Controller(context=context" in block)
+    assert run(block, "not used") == "a b c\n"
+
+
+def test_the_bridge_block() -> None:
+    block = next(block for block in BLOCKS if "with Bridge(" in block)
+    with network("w") as (controller, _):
+        lines = run(block, controller.clients).splitlines()
+    assert lines == ["0 {'file': 'f'} a b c a", "1 {'file': 'f'} x y x y", "2 {'file': 'f'} InvalidParameter"]
 
 
 @contextmanager

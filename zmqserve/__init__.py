@@ -6,6 +6,9 @@ from importlib.metadata import version as _version_of
 from typing import Any
 
 from . import errors
+from .aio import AsyncClient
+from .async_stream import AsyncStream
+from .bridge import Bridge
 from .client import Client
 from .config import ControllerConfig
 from .controller import Controller
@@ -34,14 +37,18 @@ from .errors import (
 from .jobs import Delta, GenerateJob, Vectors
 from .messages import ChatMessage, ModelCard
 from .params import EmbedParams, Guided, SamplingParams
-from .results import Completion, CompletionChoice, ServedModel, StreamChunk
+from .polled import Pending, PolledClient, PolledStream
+from .results import Completion, CompletionChoice, MapResult, ServedModel, StreamChunk
 from .stream import Stream
 from .worker import BaseModelWorker, WorkerConfig
 
 __all__ = [
+    "AsyncClient",
+    "AsyncStream",
     "BackendError",
     "BaseModelWorker",
     "BindFailed",
+    "Bridge",
     "ChatMessage",
     "Client",
     "Completion",
@@ -59,10 +66,14 @@ __all__ = [
     "GoingAway",
     "Guided",
     "InvalidParameter",
+    "MapResult",
     "ModelCard",
     "ModelLoading",
     "NoWorker",
     "Overloaded",
+    "Pending",
+    "PolledClient",
+    "PolledStream",
     "ProtocolMismatch",
     "RequestError",
     "SamplingParams",

@@ -49,15 +49,17 @@ class Cancellable(Protocol):
 class Answer:
     """One request in progress: to whom it goes, since when, and how it ends. Just one DONE or FAILED leaves.
 
+    `slot`: whether it holds one; `share`: the model, of whose few slots it is one, or empty.
     `stopped` says why it must end early, once that is so: ``cancelled``, ``deadline`` or ``aborted`` (nobody waits for it).
     """
 
-    __slots__ = ("arrived_s", "ended", "gather", "head", "job", "slot", "started", "stopped", "task", "timer", "worker")
+    __slots__ = ("arrived_s", "ended", "gather", "head", "job", "share", "slot", "started", "stopped", "task", "timer", "worker")
 
-    def __init__(self, gather: Gather, head: ControllerHead, *, slot: bool, arrived_s: float, worker: str) -> None:
+    def __init__(self, gather: Gather, head: ControllerHead, *, slot: bool, share: str = "", arrived_s: float, worker: str) -> None:
         self.gather = gather
         self.head = head
         self.slot = slot
+        self.share = share
         self.arrived_s = arrived_s
         self.worker = worker
         self.job: Job | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import logs, plugins, up
+from . import bridge_command, logs, plugins, up
+from .arguments import positive, seconds
 from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
 from .controller import Controller
 from .dispatch import POLICIES
@@ -178,7 +178,7 @@ def status(args: argparse.Namespace) -> int:
 def drain(args: argparse.Namespace) -> int:
     """Let a worker finish what it runs and leave."""
     with _client(args) as client:
-        running = client.drain(args.worker, args.grace)
+        running = client.drain_worker(args.worker, args.grace)
     print(f"{args.worker} is draining; {running} requests are still on it")
     return 0
 
@@ -234,18 +234,22 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     work.add_argument(
         "--worker-name", metavar="NAME", help="the worker's own name in status and logs (default: backend, host and a random suffix)"
     )
-    work.add_argument("--exit-with-parent", type=_positive, metavar="PID", help=argparse.SUPPRESS)
+    work.add_argument("--exit-with-parent", type=positive, metavar="PID", help=argparse.SUPPRESS)
     _log_options(work)
 
     both = command("up", up.run, "run a controller and its workers together; Ctrl-C drains them")
     _backend_options(both, arguments, backends)
-    both.add_argument("--replicas", type=_positive, metavar="N", help="workers to start (default: one per GPU given, else 1)")
+    both.add_argument("--replicas", type=positive, metavar="N", help="workers to start (default: one per GPU given, else 1)")
     both.add_argument("--gpus", metavar="LIST", help="GPU numbers like 0,1: each worker sees one of them")
     both.add_argument("--clients", action="append", metavar="ENDPOINT", help=f"bind for clients (default {CLIENT_ENDPOINT})")
     both.add_argument("--workers", action="append", metavar="ENDPOINT", help=f"bind for workers (default {WORKER_ENDPOINT})")
     both.add_argument("--dispatch", choices=sorted(POLICIES), help="how a worker is chosen (default shortest_queue)")
     _log_options(both)
     both.set_defaults(arguments=list(arguments))
+
+    pipe = command("bridge", bridge_command.run, "answer the jobs of a ZeroMQ pipeline: from a PULL socket, to a PUSH socket")
+    bridge_command.options(pipe)
+    _log_options(pipe)
 
     query = command("ask", printing(ask), "ask a model and stream its answer to the terminal")
     query.add_argument("model", help="a name that `zmqserve models` lists")
@@ -289,10 +293,10 @@ def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], 
         help="what to load: a local path, a Hugging Face id, smollm2-135m or all-minilm-l6-v2",
     )
     parser.add_argument("--name", metavar="MODEL_NAME", help="the name that clients ask for (default: from --model)")
-    parser.add_argument("--slots", type=_positive, metavar="N", help="requests at a time (default: the backend's)")
+    parser.add_argument("--slots", type=positive, metavar="N", help="requests at a time (default: the backend's)")
     parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="relative speed, for dispatch (default 1)")
     parser.add_argument(
-        "--grace", type=_seconds, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
+        "--grace", type=seconds, default=30.0, metavar="S", help="seconds to finish running requests when told to stop (default 30)"
     )
     if chosen is not None:
         chosen.add_arguments(parser.add_argument_group(f"{arguments[1]} options"))
@@ -321,19 +325,3 @@ def _backend(name: str) -> type[BaseModelWorker]:
         return plugins.load(name)
     except RequestError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
-    return number

@@ -2,74 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 
 import zmq
 
-from . import requests
-from .call import Answer, Call, ClientRequest
-from .config import CLIENT_ENDPOINT
+from .answering import completed
+from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
+from .bulk import Arrivals, Bulk, Progress
+from .call import Answer, Call
 from .connection import Connection
-from .errors import InvalidEndpoint, InvalidParameter, MalformedMessage, Unsupported, ZmqserveError
-from .messages import (
-    ControllerStatus,
-    Details,
-    DrainReply,
-    Embedding,
-    Generate,
-    ListModels,
-    ModelCard,
-    Models,
-    Status,
-    StatusReply,
-    Tokens,
-)
-from .params import EmbedParams, SamplingParams
-from .requests import EmbedOptions, Prompt, Routing, Sampling, Turn
-from .results import Completion, ServedModel, served
-from .sockets import SocketLimits, check_endpoint
-from .stream import Stream, completed
+from .errors import ZmqserveError
+from .forks import OneProcess
+from .messages import ControllerStatus, Details, DrainReply, Embedding, ModelCard, Models, StatusReply, Tokens
+from .requests import Prompt, Turn
+from .results import Completion, MapResult, ServedModel, array_of, served
+from .stream import Stream
 
 if TYPE_CHECKING:
-    from typing import TypeAlias, Unpack
+    from typing import Unpack
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Vectors: TypeAlias = NDArray[np.float32]
-
-ENDPOINTS_VARIABLE = "ZMQSERVE_CONTROLLER"
-"""Environment variable for the controller's client endpoints; several are separated by commas."""
-
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%-]*")
-"""What a host to connect to may be made of."""
+    from .results import Array
 
 A = TypeVar("A", bound=Answer)
 
 
-class Client:
+class Client(OneProcess):
     """Asks a controller, and through it the workers.
 
     endpoints: the controller's client side, or several to try in order; None: ``ZMQSERVE_CONTROLLER``, else
     ``tcp://127.0.0.1:5570``. Nothing is sent before the first request.
     context: a ZeroMQ context to share (needed for ``inproc://``); None: one of its own.
-    timeout_s: deadline of requests that name none; None: no deadline.
-    connect_timeout_s: how long each endpoint may take to answer before ControllerUnreachable.
-    ttl_s: the controller gives this client up after so much silence; the client does the same with a controller, by the ttl that that
-    one tells (3 s by default), or this where it tells none.
-    failover_s: requests under way whose controller was lost look for another (or the same, when it is back) for so long, then end
-    as ControllerLost. New ones are tried at each endpoint once.
-    resume: answers that have begun go on elsewhere, from where they were; False: they end with WorkerLost or ControllerLost.
-    retries: how often a request is sent again that ends, before its first chunk, with an error that may pass (Overloaded, ...), each
-    time after what the error's `retry_after_ms` says, within the deadline. Both stand for verbs that are not told otherwise.
-    buffer_bytes: what may lie unread in one stream before it ends as SlowConsumer.
-    name: shown by the controller.
+    options: see ClientOptions.
 
-    All verbs raise the errors of zmqserve.errors. Threads may share a client; a stream belongs to one thread.
+    All verbs raise the errors of zmqserve.errors. Threads may share a client; a stream belongs to one thread. A forked child has a client
+    of its own in its place, and what was open there ends with ConnectionFailed. A signal handler may close the client and its streams at
+    any time; to ask something there raises RuntimeError where it has interrupted this client's own work.
     """
 
     def __init__(
@@ -77,35 +46,10 @@ class Client:
         endpoints: str | Sequence[str] | None = None,
         *,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
-        timeout_s: float | None = None,
-        connect_timeout_s: float = 0.75,
-        ttl_s: float = 3.0,
-        failover_s: float = 10.0,
-        resume: bool = True,
-        retries: int = 0,
-        buffer_bytes: int = 16 * 2**20,
-        name: str = "",
+        **options: Unpack[ClientOptions],
     ) -> None:
-        if endpoints is None:
-            endpoints = os.environ.get(ENDPOINTS_VARIABLE, CLIENT_ENDPOINT).split(",")
-        elif isinstance(endpoints, str):
-            endpoints = [endpoints]
-        self.endpoints = tuple(_to_connect(endpoint.strip()) for endpoint in endpoints)
-        if not self.endpoints:
-            raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
-        self._timeout_s = None if timeout_s is None else requests.check_duration("timeout_s", timeout_s)
-        self._resume = requests.check_switch("resume", resume)
-        self._retries = requests.check_count("retries", retries)
-        self._connection = Connection(
-            self.endpoints,
-            context=context,
-            name=name,
-            ttl_s=requests.check_duration("ttl_s", ttl_s),
-            connect_timeout_s=requests.check_duration("connect_timeout_s", connect_timeout_s),
-            failover_s=requests.check_duration("failover_s", failover_s),
-            buffer_bytes=buffer_bytes,
-            limits=SocketLimits(),
-        )
+        self._asking = Asking(endpoints, options)
+        self._connection = Connection(self._asking, context)
 
     def __repr__(self) -> str:
         return f"Client({', '.join(self.endpoints)}: {self._connection!r})"
@@ -116,6 +60,18 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Where its controllers are."""
+        return self._asking.endpoints
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no new requests, wait until those that are open have ended, and close; what is open after `timeout_s` is cancelled.
+
+        Returns whether all ended by themselves. What streams have received can still be read.
+        """
+        return self._connection.drain(timeout_s)
+
     def close(self) -> None:
         """Cancel open requests and close the socket. Other threads' open verbs and streams end with an error."""
         self._connection.close()
@@ -123,224 +79,126 @@ class Client:
     # --- answers -------------------------------------------------------------------------------
 
     @overload
-    def generate(
-        self,
-        model: str,
-        prompt: Prompt,
-        *,
-        stream: Literal[True] = True,
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> Stream: ...
+    def generate(self, model: str, prompt: Prompt, *, stream: Literal[True] = True, **options: Unpack[GenerateOptions]) -> Stream: ...
 
     @overload
-    def generate(
-        self,
-        model: str,
-        prompt: Prompt,
-        *,
-        stream: Literal[False],
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> Completion: ...
+    def generate(self, model: str, prompt: Prompt, *, stream: Literal[False], **options: Unpack[GenerateOptions]) -> Completion: ...
 
-    def generate(
-        self,
-        model: str,
-        prompt: Prompt,
-        *,
-        stream: bool = True,
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Any,
-    ) -> Stream | Completion:
+    def generate(self, model: str, prompt: Prompt, *, stream: bool = True, **options: Any) -> Stream | Completion:
         """Continue a prompt: a text, its token ids, or messages. Returns a Stream, or with ``stream=False`` a Completion.
 
-        params, and keywords such as ``max_tokens=32``, which win over it: see SamplingParams.
-        timeout_s: the deadline, time in the queue included. priority: -100 to 100, lower is served first.
-        affinity: requests with one key keep one worker, as far as load allows. trace: a W3C traceparent.
-        resume, retries: see Client; None: as it says.
+        options: fields of SamplingParams such as ``max_tokens=32``, `params` (a SamplingParams, over which they win), ``timeout_s``,
+        ``priority``, ``affinity``, ``trace``, ``resume``, ``retries``: see RequestOptions and GenerateOptions.
         """
-        routing = self._routing(timeout_s, priority, affinity, trace, resume, retries)
-        return self._generate(requests.generate(model, prompt, params, sampling, routing), routing, stream=stream)
+        return self._generate(self._asking.generate(model, prompt, options), stream=stream)
 
     @overload
-    def chat(
-        self,
-        model: str,
-        messages: Sequence[Turn],
-        *,
-        stream: Literal[True] = True,
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> Stream: ...
+    def chat(self, model: str, messages: Sequence[Turn], *, stream: Literal[True] = True, **options: Unpack[GenerateOptions]) -> Stream: ...
 
     @overload
-    def chat(
-        self,
-        model: str,
-        messages: Sequence[Turn],
-        *,
-        stream: Literal[False],
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Unpack[Sampling],
-    ) -> Completion: ...
+    def chat(self, model: str, messages: Sequence[Turn], *, stream: Literal[False], **options: Unpack[GenerateOptions]) -> Completion: ...
 
-    def chat(
-        self,
-        model: str,
-        messages: Sequence[Turn],
-        *,
-        stream: bool = True,
-        params: SamplingParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-        **sampling: Any,
-    ) -> Stream | Completion:
+    def chat(self, model: str, messages: Sequence[Turn], *, stream: bool = True, **options: Any) -> Stream | Completion:
         """Answer a conversation, put into the model's own chat template. Options as in `generate`."""
-        routing = self._routing(timeout_s, priority, affinity, trace, resume, retries)
-        turns = requests.conversation(messages)
-        return self._generate(requests.generate(model, turns, params, sampling, routing), routing, stream=stream)
+        return self._generate(self._asking.chat(model, messages, options), stream=stream)
 
-    def embed(
+    def map(
         self,
         model: str,
-        texts: Sequence[str],
+        prompts: Iterable[Prompt],
         *,
-        params: EmbedParams | None = None,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        retries: int | None = None,
-        **options: Unpack[EmbedOptions],
-    ) -> Vectors:
-        """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (Unsupported says how to get it)."""
-        try:
-            import numpy as np
-        except ImportError:
-            what = 'embed returns numpy arrays, and numpy is not installed: pip install "zmqserve[embeddings]"'
-            raise Unsupported(what, data={"parameter": "embed"}) from None
-        routing = self._routing(timeout_s, priority, affinity, trace, retries=retries)
-        reply = self._ask(requests.embed(model, texts, params, options, routing), Embedding, routing)
-        rows, columns = reply.shape
-        if reply.dtype != "float32" or rows != len(texts) or columns < 0 or len(reply.data) != rows * columns * 4:
-            what = f"{len(reply.data)} bytes of {reply.dtype} for {rows} x {columns}"
-            raise MalformedMessage(f"the embedding of {len(texts)} texts is not one: {what}")
-        return np.frombuffer(reply.data, dtype="<f4").reshape(rows, columns).astype(np.float32, copy=True)
+        concurrency: int = 64,
+        ordered: bool = True,
+        progress: Progress | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[MapResult]:
+        """Generate for many prompts, `concurrency` of them at once; yields one MapResult for each, with its answer or its error.
+
+        ordered: in the prompts' order; otherwise as they end. progress: called after each end, as ``progress(ended, total)``; total is
+        None where `prompts` has no length. options: as in `generate`, for each of them; give `retries` if queues may be full.
+        Prompts are taken as there is room, and nothing new is asked while nobody takes results. Raises at once for wrong options, and
+        ConnectionFailed when no controller can be reached for the next prompt. Closing the iterator cancels what is open.
+        """
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        bulk = Bulk(self._asking.each(model, options), concurrency=concurrency, ordered=ordered, progress=progress, total=total)
+        return self._map(bulk, iter(prompts))
+
+    def embed(self, model: str, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Array:
+        """One vector per text: a float32 array of shape (texts, dimensions). Needs numpy (Unsupported says how to get it).
+
+        options: fields of EmbedParams such as ``dimensions=64``, `params` (an EmbedParams, over which they win), and RequestOptions.
+        """
+        return array_of(self._answer(self._asking.embed(model, texts, options), Embedding), len(texts))
 
     def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> int:
         """How many tokens a prompt or conversation is, special tokens and chat template included."""
-        routing = self._routing(timeout_s)
-        return self._ask(requests.count_tokens(model, prompt, routing), Tokens, routing).count
+        return self._answer(self._asking.count_tokens(model, prompt, timeout_s), Tokens).count
 
     def model_details(self, model: str, *, timeout_s: float | None = None) -> ModelCard:
         """What one of the model's workers says about it."""
-        routing = self._routing(timeout_s)
-        return self._ask(requests.model_details(model, routing), Details, routing).card
+        return self._answer(self._asking.model_details(model, timeout_s), Details).card
 
     # --- the network ---------------------------------------------------------------------------
 
     def models(self) -> list[ServedModel]:
         """What is served, and by whom."""
-        return [served(status) for status in self._ask(ListModels(requests.new_rid()), Models).models]
+        return [served(status) for status in self._answer(self._asking.models(), Models).models]
 
     def status(self) -> ControllerStatus:
         """The controller's state: its workers, models, queues and counters."""
-        return self._ask(Status(requests.new_rid()), StatusReply).status
+        return self._answer(self._asking.status(), StatusReply).status
 
-    def drain(self, worker: str, grace_s: float | None = None) -> int:
+    def drain_worker(self, worker: str, grace_s: float | None = None) -> int:
         """Let a worker finish what it runs, within `grace_s` (None: the controller's setting), and go. Returns how much it still runs."""
-        return self._ask(requests.drain(worker, grace_s), DrainReply).running
+        return self._answer(self._asking.drain_worker(worker, grace_s), DrainReply).running
 
     # --- how -----------------------------------------------------------------------------------
 
-    def _routing(
-        self,
-        timeout_s: float | None = None,
-        priority: int = 0,
-        affinity: str | None = None,
-        trace: str | None = None,
-        resume: bool | None = None,
-        retries: int | None = None,
-    ) -> Routing:
-        """With the client's defaults for what is None."""
-        return Routing(
-            self._timeout_s if timeout_s is None else timeout_s,
-            priority,
-            affinity,
-            trace,
-            resume=self._resume if resume is None else resume,
-            retries=self._retries if retries is None else retries,
-        )
-
-    def _generate(self, request: Generate, routing: Routing, *, stream: bool) -> Stream | Completion:
+    def _generate(self, ask: Ask, *, stream: bool) -> Stream | Completion:
         if stream:
-            return Stream(self._connection, self._open(request, routing, collect=False))
-        return completed(self._finished(request, routing))
+            return Stream(self._connection, self._connection.open(ask, collect=False))
+        return completed(self._finished(ask))
 
-    def _ask(self, request: ClientRequest, kind: type[A], routing: Routing | None = None) -> A:
+    def _answer(self, ask: Ask, kind: type[A]) -> A:
         """Ask and wait. The session sees to it that the end is an answer of this kind or an error."""
-        end = self._finished(request, routing or self._routing()).end
+        end = self._finished(ask).end
         if isinstance(end, kind):
             return end
         raise cast("ZmqserveError", end)
 
-    def _finished(self, request: ClientRequest, routing: Routing) -> Call:
+    def _map(self, bulk: Bulk, prompts: Iterator[Prompt]) -> Iterator[MapResult]:
+        arrivals = Arrivals()
+        more = True
+        try:
+            while more or not bulk.idle:
+                while more and bulk.room:
+                    try:
+                        prompt = next(prompts)
+                    except StopIteration:
+                        more = False
+                        break
+                    index, ask = bulk.begin(prompt)
+                    if ask is not None:
+                        try:
+                            arrivals.watch(index, self._connection.open(ask, collect=True))
+                        except ZmqserveError as error:
+                            bulk.refuse(index, error)
+                yield from bulk.ready()
+                if not bulk.idle and not (more and bulk.room):  # there may be room since results were taken
+                    self._connection.wait(arrivals)
+                for index, call in arrivals.take():
+                    bulk.end(index, call)
+            yield from bulk.ready()
+        finally:
+            for call in list(arrivals.open):
+                self._connection.cancel(call)
+
+    def _finished(self, ask: Ask) -> Call:
         """The request's call when it has ended. An interrupt cancels it."""
-        call = self._open(request, routing, collect=True)
+        call = self._connection.open(ask, collect=True)
         try:
             self._connection.wait(call)
         except BaseException:
             self._connection.cancel(call)
             raise
         return call
-
-    def _open(self, request: ClientRequest, routing: Routing, *, collect: bool) -> Call:
-        timeout_s = None if routing.deadline_ms is None else routing.deadline_ms / 1000
-        return self._connection.open(request, timeout_s=timeout_s, collect=collect, resume=routing.resume, retries=routing.retries)
-
-
-def _to_connect(endpoint: str) -> str:
-    """The endpoint, if a socket can be connected to it; InvalidEndpoint otherwise. A wrong one would look like an absent controller."""
-    checked = check_endpoint(endpoint, bind=False)
-    if checked.startswith("tcp://"):
-        host = checked[6:].rpartition(":")[0]
-        if host == "*":
-            raise InvalidEndpoint(endpoint, "* is for binding; to connect, name the controller's host, like tcp://127.0.0.1:5570")
-        if host[0] != "[" and _HOST.fullmatch(host) is None:
-            raise InvalidEndpoint(endpoint, f"{host!r} is no host name or address")
-    return checked

@@ -42,8 +42,8 @@ LINGER_MS = 200
 class Controller:
     """Broker of a network. `start()` and `stop()` run it in a thread, `run()` in the calling one until `stop()`.
 
-    `config` says all; keywords change single settings of it. `context`: yours, for inproc endpoints; else its own.
-    Raises InvalidParameter, and BindFailed or InvalidEndpoint from `start`, `run` or `bind`.
+    `config` says all; keywords change single settings of it. `context`: yours, for inproc endpoints; else its own. When you end it, the
+    controller ends. Raises InvalidParameter, and BindFailed or InvalidEndpoint from `start`, `run` or `bind`.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Controller:
         self._relay: Relay | None = None
         self._parents: Parents | None = None
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         self._stopping = self._running = False
         self._wake_r, self._wake_w = -1, -1
         self._wake_lock = threading.RLock()  # a signal handler may call `stop` in the thread that has it
@@ -144,11 +145,15 @@ class Controller:
             raise RuntimeError("the controller runs already")
         self.bind()
         self._stopping = False
-        self._thread = threading.Thread(target=self.run, name="zmqserve-controller", daemon=True)
+        self._failure = None
+        self._thread = threading.Thread(target=self._run_in_thread, name="zmqserve-controller", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop from any thread or a signal handler: clients are told, sockets closed. Waits for the thread of `start`."""
+        """Stop from any thread or a signal handler: clients are told, sockets closed.
+
+        Waits for the thread of `start`, and raises what broke it, if something did.
+        """
         self._stopping = True
         with self._wake_lock:
             if self._wake_w >= 0:
@@ -161,6 +166,9 @@ class Controller:
         if relay is not None and not self._running:  # bound, and never run
             self._relay = None
             self._close([relay.clients.socket, relay.workers.socket])
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def run(self) -> None:
         """Serve in this thread until `stop`."""
@@ -171,12 +179,21 @@ class Controller:
                 self._loop(relay)
                 if relay.broker.shut_down(time.monotonic()):
                     self._farewell(relay)
+            except zmq.ContextTerminated:
+                self._report("context terminated", controller=self.id)
             finally:
                 self._report("controller down", controller=self.id)
                 self._relay = None
                 self._close([relay.clients.socket, relay.workers.socket])
         finally:
             self._running = False
+
+    def _run_in_thread(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            self._failure = error
+            log.exception("controller crashed")
 
     def _loop(self, relay: Relay) -> None:
         broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket

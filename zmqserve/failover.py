@@ -5,7 +5,7 @@ Pure: `now` is passed in, a Wire is written to. The rules of what is sent again 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 from .call import Call, End
@@ -20,7 +20,10 @@ AWAY, OPEN = State.AWAY, State.OPEN
 
 
 class Failover:
-    """The open requests (`calls`, by rid) and the controller that they are at (`peer`); see Session for the times."""
+    """The open requests (`calls`, by rid) and the controller that they are at (`peer`); see Session for the times.
+
+    `on_idle`: what to call when the last of them has ended.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class Failover:
         random: Random,
     ) -> None:
         self.calls: dict[int, Call] = {}
+        self.on_idle: Callable[[], object] = lambda: None
         self.peer = Peer(self, wire, agenda, endpoints, name=name, ttl_s=ttl_s, connect_timeout_s=connect_timeout_s)
         self._agenda = agenda
         self._outgoing = Outgoing(wire)
@@ -86,6 +90,8 @@ class Failover:
         call.there = False
         if self.calls.pop(call.rid, None) is not None:
             call.finish(end)
+            if not self.calls:
+                self.on_idle()
 
     def clear(self) -> None:
         """Expect nothing of anybody."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,8 +26,10 @@ class Keeper:
     def start(self) -> None:
         """Begin to look; harmless when it has begun."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="zmqserve-keeper", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="zmqserve-keeper", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no new threads while the interpreter ends: whoever waits does what is due
+                thread.start()
+                self._thread = thread
 
     def wake(self) -> None:
         """Look now."""
@@ -38,8 +41,8 @@ class Keeper:
         self._wakes.set()
 
     def join(self) -> None:
-        """Wait until the thread is gone."""
-        if self._thread is not None:
+        """Wait until the thread is gone, unless this is it: a finalizer runs in any."""
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:

@@ -7,6 +7,7 @@ import functools
 import os
 import select
 from collections.abc import Callable, Sequence
+from selectors import EVENT_READ, BaseSelector
 
 import zmq
 
@@ -27,6 +28,7 @@ class Bell:
 
     def __init__(self) -> None:
         self.fd, self._write = os.pipe()
+        os.set_blocking(self.fd, False)
         self._rung = False
 
     def __repr__(self) -> str:
@@ -41,7 +43,8 @@ class Bell:
     def clear(self) -> None:
         """Be still again."""
         if self._rung and self.fd >= 0:
-            os.read(self.fd, 1)
+            with contextlib.suppress(BlockingIOError):  # an interrupt hit between these two lines the last time
+                os.read(self.fd, 64)
         self._rung = False
 
     def close(self) -> None:
@@ -56,17 +59,20 @@ class Line:
     """The Wire of a session: a DEALER, a new one for each `connect`.
 
     `recv` reads a message without waiting, or raises zmq.Again, which costs as much as a dozen messages: `readable` asks first.
-    `poller` wakes for the socket, its end and `bell`. The socket's descriptor is edge-triggered, and any call on the socket may eat the
-    edge: `dirty` says that something may lie there unread, so that nobody may sleep on `poller` before the socket was found empty.
+    `poller` wakes for the socket, its end and `bell`; a given `selector` wakes for the first two, whichever socket it is. The socket's
+    descriptor is edge-triggered, and any call on the socket may eat the edge: `dirty` says that something may lie there unread, so that
+    nobody may sleep before the socket was found empty.
     `broken`: the connection has broken, as `broke` found. What had come on it before can still be read.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, limits: SocketLimits) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, limits: SocketLimits, selector: BaseSelector | None = None) -> None:
         self.bell = Bell()
         self.dirty = self.broken = False
         self.recv: Callable[[], bytes] = _nothing
         self._context, self._owns_context = context, context is None
         self._limits = limits
+        self._selector = selector
+        self._selected: list[int] = []
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: Monitor | None = None
         self._break = select.poll()
@@ -89,6 +95,7 @@ class Line:
             self._break = select.poll()
             self._break.register(self._monitor.fd, select.POLLIN)
             self.recv = functools.partial(self._socket.recv, NOBLOCK)
+            self._select(self._socket.fileno(), self._monitor.fd)
         except (zmq.ZMQError, InvalidEndpoint):
             # No descriptors left, or no such address family here: nobody will answer, which the session tells its callers.
             self._drop_socket(0)
@@ -109,7 +116,10 @@ class Line:
 
     def stirs(self) -> bool:
         """Whether there is something to read or room to write. Asking eats the edge, so it settles whether to sleep."""
-        return self._socket is not None and bool(self._socket.getsockopt(zmq.EVENTS))
+        try:
+            return self._socket is not None and bool(self._socket.getsockopt(zmq.EVENTS))
+        except zmq.ContextTerminated:
+            return True  # who reads is told
 
     def readable(self) -> bool:
         """Whether there is something for `recv`; also raises what `recv` would raise for good."""
@@ -144,8 +154,17 @@ class Line:
             _contexts.discard(context)
         return context
 
+    def _select(self, *descriptors: int) -> None:
+        if self._selector is not None:
+            for descriptor in descriptors:
+                self._selector.register(descriptor, EVENT_READ)
+                self._selected.append(descriptor)
+
     def _drop_socket(self, linger_ms: int) -> None:
         self.recv = _nothing
+        # Now: libzmq closes its descriptors a moment later, when others may have these numbers.
+        while self._selector is not None and self._selected:
+            self._selector.unregister(self._selected.pop())
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

@@ -52,7 +52,7 @@ class LinkThread(threading.Thread):
         self._frames: deque[tuple[Lane, bytes, bytes, Answer | None]] = deque()
         self._for_engine: list[tuple[Any, ...]] = []
         self._own_context = config.context is None
-        self._context: zmq.Context[zmq.Socket[bytes]] = config.context or zmq.Context()
+        self._zmq_context: zmq.Context[zmq.Socket[bytes]] = config.context or zmq.Context()
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)
@@ -70,7 +70,7 @@ class LinkThread(threading.Thread):
         now = time.monotonic()
         try:
             for endpoint in config.controllers:
-                port = LinkPort(self._context, endpoint, config.limits, self.workload, ttl_s=config.ttl_s, random=Random(), now=now)
+                port = LinkPort(self._zmq_context, endpoint, config.limits, self.workload, ttl_s=config.ttl_s, random=Random(), now=now)
                 self._ports[port.link] = port
                 self.workload.add(port.link)
         except BaseException:
@@ -172,4 +172,4 @@ class LinkThread(threading.Thread):
         self._bell.close()
         self._ring.close()
         if self._own_context:
-            self._context.term()
+            self._zmq_context.term()

@@ -142,6 +142,7 @@ class ModelCard(_Map, omit_defaults=True):
     `context_length` is in tokens, prompt and completion together; 0 when there is no bound. `resume`, with the feature of that name:
     how an answer goes on elsewhere, by parameter that is not at its default (``greedy`` for temperature 0, ``sampling`` above it
     without a seed): ``exact``, ``approximate`` or ``refused``; exact for what is not named.
+    `slots`: how many of the worker's slots the model may have at a time; None: all of them.
     """
 
     name: Name
@@ -153,6 +154,7 @@ class ModelCard(_Map, omit_defaults=True):
     embedding_dim: Count = 0
     source: str = ""
     resume: dict[Label, Label] = {}
+    slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)] | None = None
 
 
 class Limits(_Map, omit_defaults=True):

@@ -67,10 +67,25 @@ class Guided(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_f
 class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
     """How to choose the next token and when to stop. Values are checked here, on the client and again on the worker.
 
-    `max_tokens`: at most so many; None: what the context leaves. `temperature`: 0 is greedy. `stop`: texts that end the answer
-    and are not part of it. `stop_token_ids`: ids that do. `top_k` 0 and `top_p` 1: no limit. `logprobs`: how many of the
-    likeliest tokens to report at each position (0: the chosen one only; None: nothing). `n`: answers to one prompt.
-    `echo`: begin with the prompt. Raises InvalidParameter, which names the parameter, the value and the range.
+    max_tokens: at most so many (from 1); None: what the context leaves. Those of a resumed answer count.
+    min_tokens: no end-of-sequence token before so many (from 0, at most max_tokens).
+    temperature: 0 (greedy) to 100; logits are divided by it.
+    top_p: above 0, at most 1: only the likeliest tokens whose probabilities add up to it. 1: all.
+    top_k: only so many of the likeliest tokens (from 0). 0: all.
+    min_p: 0 to 1: only tokens at least so likely as this part of the likeliest one's probability. 0: all.
+    presence_penalty, frequency_penalty: -2 to 2, taken off the logits of tokens that the answer has; the second once for each time.
+    repetition_penalty: above 0, at most 100: logits of tokens that prompt or answer have are divided by it (multiplied, below 0). 1: none.
+    stop: at most 64 texts of 1 to 1024 characters that end the answer and are not part of it.
+    stop_token_ids: at most 1024 ids that end the answer, and are not part of its text.
+    seed: 0 to 2**63 - 1; the same request with the same seed has the same answer, alone in its batch. None: another each time.
+    n: how many answers to the prompt (1 to 128).
+    logprobs: how many of the likeliest tokens to report at each position (0 to 100; 0: the chosen one only). None: nothing.
+    echo: begin with the prompt's text.
+    ignore_eos: go on after the model's end-of-sequence token.
+    skip_special_tokens: leave special tokens out of the text.
+    guided: what the answer must be like; see Guided.
+
+    Raises InvalidParameter, which names the parameter, the value and the range.
     """
 
     max_tokens: int | None = None

@@ -43,7 +43,7 @@ class Sampling(TypedDict, total=False):
     guided: Guided | None
 
 
-class EmbedOptions(TypedDict, total=False):
+class EmbedFields(TypedDict, total=False):
     """The fields of EmbedParams as keywords."""
 
     dimensions: int | None
@@ -52,7 +52,7 @@ class EmbedOptions(TypedDict, total=False):
 
 
 class Routing:
-    """How a request is treated on its way; see Client.generate. Raises InvalidParameter for what cannot be sent."""
+    """How a request is treated on its way; see RequestOptions. Raises InvalidParameter for what cannot be sent."""
 
     __slots__ = ("affinity", "deadline_ms", "priority", "resume", "retries", "trace")
 

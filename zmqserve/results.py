@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from .messages import ModelCard, ModelStatus, Timings, TokenLogprob, Usage
+from .errors import MalformedMessage, ZmqserveError
+from .messages import Embedding, ModelCard, ModelStatus, Timings, TokenLogprob, Usage
+from .requests import Prompt
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[np.float32]
 
 
 class StreamChunk(Struct, frozen=True, gc=False):
@@ -34,8 +45,6 @@ class CompletionChoice(Struct, frozen=True):
 class Completion(Struct, frozen=True):
     """A whole answer. `timings` are the worker's, in ms; `resumed`: how often it went on
     elsewhere after its worker or controller was lost.
-
-    `text`, `token_ids`, `finish_reason` and `logprobs` are those of the first choice.
     """
 
     choices: list[CompletionChoice]
@@ -45,19 +54,44 @@ class Completion(Struct, frozen=True):
 
     @property
     def text(self) -> str:
+        """The first choice's text."""
         return self.choices[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """The first choice's ids."""
         return self.choices[0].token_ids
 
     @property
     def finish_reason(self) -> str:
+        """Why the first choice ended: ``stop``, ``length`` or ``cancelled``."""
         return self.choices[0].finish_reason
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
+        """The first choice's, one entry per id, when asked for."""
         return self.choices[0].logprobs
+
+
+class MapResult(Struct, frozen=True):
+    """What became of one prompt of a `map`: its `index` among the prompts (from 0), and the answer or the `error` that ended it."""
+
+    index: int
+    prompt: Prompt
+    answer: Completion | None = None
+    error: ZmqserveError | None = None
+
+    @property
+    def completion(self) -> Completion:
+        """The answer; raises the error if it ended with one."""
+        if self.answer is None:
+            raise self.error or RuntimeError("neither an answer nor an error")
+        return self.answer
+
+    @property
+    def text(self) -> str:
+        """The answer's text (of its first choice); raises as `completion`."""
+        return self.completion.text
 
 
 class ServedModel(Struct, frozen=True):
@@ -75,6 +109,7 @@ class ServedModel(Struct, frozen=True):
 
     @property
     def name(self) -> str:
+        """What clients ask for."""
         return self.card.name
 
     @property
@@ -91,3 +126,14 @@ class ServedModel(Struct, frozen=True):
 def served(status: ModelStatus) -> ServedModel:
     """The caller's view of a ModelStatus."""
     return ServedModel(status.card, status.state, status.workers, status.running, status.waiting, status.slots)
+
+
+def array_of(reply: Embedding, count: int) -> Array:
+    """The vectors of `count` texts: float32, of shape (count, dimensions). Raises MalformedMessage if it is not that."""
+    import numpy as np
+
+    rows, columns = reply.shape
+    if reply.dtype != "float32" or rows != count or columns < 0 or len(reply.data) != rows * columns * 4:
+        what = f"{len(reply.data)} bytes of {reply.dtype} for {rows} x {columns}"
+        raise MalformedMessage(f"the embedding of {count} texts is not one: {what}")
+    return np.frombuffer(reply.data, dtype="<f4").reshape(rows, columns).astype(np.float32, copy=True)

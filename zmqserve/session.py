@@ -7,7 +7,7 @@ The owner calls everything here under one lock, and `tick` and `on_disconnected`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from random import Random
 from typing import Any
 
@@ -71,6 +71,7 @@ class Session:
         self.strays = 0
         self.malformed = 0
         self._buffer_bytes = buffer_bytes
+        self._drainings: list[Draining] = []
         self._agenda = Agenda()
         self._failover = Failover(
             wire,
@@ -125,8 +126,10 @@ class Session:
 
         `resume`: an answer that has begun goes on elsewhere when it loses its worker or controller. `retries`: how often the request
         is sent again when, before its first chunk, it ends with an error that may pass.
-        Raises InvalidParameter when the message cannot be sent at all.
+        Raises InvalidParameter when the message cannot be sent at all, and ConnectionFailed after `drain`.
         """
+        if self._drainings:
+            raise closed()
         call = Call(request, encoded(request), collect=collect, resume=resume, retries=retries)
         call.deadline_s = deadline_s = None if timeout_s is None else now + timeout_s
         try:
@@ -142,11 +145,37 @@ class Session:
         """Give a request up; harmless when it has ended. What still comes for it is dropped."""
         self._failover.drop(call, Cancel(call.rid))
 
+    def drain(self, now: float, timeout_s: float | None) -> Draining:
+        """Take no new requests; those that are open may end by themselves, within `timeout_s` (None: however long that takes)."""
+        draining = Draining(self.calls)
+        self._drainings.append(draining)
+        self._failover.on_idle = self._on_idle
+        if timeout_s is not None:
+            self._agenda.at(now + timeout_s, lambda _now: self._cut_short())
+        return draining
+
+    def _on_idle(self) -> None:
+        for draining in self._drainings:
+            draining.wake()
+
+    def _cut_short(self) -> None:
+        for draining in self._drainings:
+            draining.whole = draining.whole and draining.ready
+        self.close()
+
     def close(self) -> None:
         """Give up all requests. Their readers get an error, since they did not ask for it."""
         for call in list(self.calls.values()):
             self._failover.drop(call, closed())
         self._failover.clear()
+
+    def disinherit(self) -> None:
+        """In a forked child: end all requests here, and tell nobody. They are the parent's."""
+        calls = list(self.calls.values())
+        self.calls.clear()
+        for call in calls:
+            call.waiter = None
+            call.finish(inherited())
 
     # --- what the owner of the socket feeds it with --------------------------------------------
 
@@ -289,8 +318,40 @@ class Session:
         self._failover.drop(call, DeadlineExceeded(message, data={"timeout_s": timeout_s}))
 
 
+class Draining:
+    """The wait until nothing is open any more. `whole`: whether all ended by themselves."""
+
+    sent = True
+
+    def __init__(self, calls: Sized) -> None:
+        self.whole = True
+        self.waiter: Callable[[], object] | None = None
+        self._calls = calls
+
+    def __repr__(self) -> str:
+        return f"Draining({len(self._calls)} open)"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is over."""
+        return not self._calls
+
+    def wake(self) -> None:
+        """Call the waiter, once."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None:
+            waiter()
+
+
+def inherited() -> ZmqserveError:
+    """The error of a request that a forked process finds open: the answer goes to its parent."""
+    error = ConnectionFailed("this process was forked while the request was open: its answer goes to the parent process")
+    error.retryable = False
+    return error
+
+
 def closed() -> ZmqserveError:
     """The error of a request whose client was closed under it, and of one asked of a closed client."""
-    error = ConnectionFailed("this client is closed; make a new one")
+    error = ConnectionFailed("this client is closed, or was told to drain; make a new one")
     error.retryable = False
     return error

@@ -28,6 +28,9 @@ NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 """Flags as plain integers: an `or` of the enum's members costs twice a whole send. SNDMORE never blocks either."""
 
+PULL_BUFFER_BYTES = 64 * 2**10
+"""Of the kernel, for a bridge's jobs. Less than one segment of the loopback device would make them wait for the kernel's timers."""
+
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[^:/\s\[\]]+):(?P<port>\d+|\*)")
 
 
@@ -97,7 +100,8 @@ class Binding:
     def unbind(self) -> None:
         """Before its socket is closed: libzmq frees an inproc name some time after that only, and who binds it again would fail."""
         if self.endpoint.startswith("inproc://"):
-            self._socket.unbind(self.endpoint)
+            with contextlib.suppress(zmq.ZMQError):  # its context has been terminated
+                self._socket.unbind(self.endpoint)
 
     def release(self) -> None:
         """Let others bind an ipc path again; the socket is closed by its owner."""
@@ -158,6 +162,25 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, limits: Socke
     except zmq.ZMQError as error:
         socket.close()
         raise InvalidEndpoint(endpoint, error.strerror or str(error)) from None
+    return socket
+
+
+def pipeline(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: SocketLimits) -> zmq.Socket[bytes]:
+    """A PULL or PUSH of somebody's pipeline, whose other sockets may be of any library that speaks ZMTP."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    _common(socket, limits)
+    # Not every implementation answers ZMTP's heartbeats. The kernel's find half-open connections, too, if later.
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    if kind == zmq.PULL:
+        # The kernel would take megabytes of messages that others could have.
+        socket.setsockopt(zmq.RCVBUF, PULL_BUFFER_BYTES)
     return socket
 
 

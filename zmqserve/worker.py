@@ -123,7 +123,7 @@ class BaseModelWorker(ABC):
         self._loaded = threading.Event()
         self._taken = threading.Event()
         self._lock = threading.Lock()
-        self._ended = False
+        self._ended = self._left_engine = False
         self._links: LinkThread | None = None
         self._engine: Engine | None = None
 
@@ -158,7 +158,8 @@ class BaseModelWorker(ABC):
     def load(self) -> list[ModelCard]:
         """Load and warm up, in a thread of its own; requests come after it returns. May set `slots`.
 
-        A card without `verbs` gets those of the methods that are overridden; ``chat`` is only claimed explicitly.
+        A card without `verbs` gets those of the methods that are overridden; ``chat`` is only claimed explicitly. Of several models
+        one may have fewer of the `slots` than all together: its card's own `slots` say how many. Beyond them nothing comes.
         """
 
     def generate(self, job: GenerateJob) -> AsyncIterator[Delta]:  # noqa: ARG002 - for those that override it
@@ -235,8 +236,9 @@ class BaseModelWorker(ABC):
             return
         links.call(links.workload.end)
         links.join()
-        engine.join(ENGINE_JOIN_S)
-        if engine.is_alive():
+        engine.join(0 if self._left_engine else ENGINE_JOIN_S)
+        if engine.is_alive() and not self._left_engine:
+            self._left_engine = True
             log.warning("engine does not end: leaving it", worker=self.name)
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -308,12 +310,15 @@ class BaseModelWorker(ABC):
                 self.cards = cards
         if self.cards and self._links is not None and self._engine is not None:
             self._engine.desk.cards = by_name(cards)
-            self._links.call(functools.partial(self._links.workload.announce, self.slots))
+            self._links.call(functools.partial(self._links.workload.announce, self.slots, cards))
             self._loaded.set()
         else:
             self.close()
 
     def _completed(self, card: ModelCard) -> ModelCard:
+        if card.slots is not None and not 1 <= card.slots <= MAX_SLOTS:
+            text = f"slots of model {card.name!r} must be None or an integer from 1 to {MAX_SLOTS}, got {card.slots!r}"
+            raise InvalidParameter(text, data={"parameter": "slots"})
         verbs = list(card.verbs) or [verb for verb in ("generate", "embed", "count_tokens") if self._overrides(verb)]
         card = msgspec.structs.replace(card, verbs=verbs if "model_details" in verbs else [*verbs, "model_details"])
         return declared(card, self.resumes, self.honours)

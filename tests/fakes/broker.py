@@ -49,6 +49,7 @@ class Broker:
         self._owns_context = context is None
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, linger_ms)
+        self._router.setsockopt(zmq.SNDHWM, 0)  # a ROUTER drops what a peer does not take in time
         self._router.bind(endpoint)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self._bell = self._context.socket(zmq.PAIR)

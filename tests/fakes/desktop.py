@@ -12,12 +12,15 @@ from types import coroutine
 from typing import Any
 
 from zmqserve import messages as m
+from zmqserve.admission import by_name
 from zmqserve.answers import Answer, Job
 from zmqserve.desk import Desk
 from zmqserve.jobs import Delta, GenerateJob, Vectors
 from zmqserve.lane import Lane
 from zmqserve.link import ControllerLink
 from zmqserve.workload import Workload
+
+FEW = 1
 
 _heads = m.decoder(m.WorkerHead)
 _messages = m.decoder(m.ToClient)
@@ -210,7 +213,7 @@ class Peer:
 
 
 class Desktop:
-    """The worker. What its engine posts waits in `frames` until `pass_on`."""
+    """A worker of ``m`` and of ``few``, which may have FEW of its slots. What its engine posts waits in `frames` until `pass_on`."""
 
     def __init__(self, controllers: int, slots: int, *, in_tasks: bool, loaded: bool = True) -> None:
         self.loop = Loop()
@@ -221,7 +224,9 @@ class Desktop:
         self.desk = backend.desk = Desk(
             backend, self, now=self.now, call_soon=self.loop.soon.append, call_at=self.loop.call_at, spawn=self.loop.spawn
         )
-        self.desk.cards = {"m": m.ModelCard("m", verbs=["generate", "embed", "count_tokens", "model_details"])}
+        verbs = ["generate", "embed", "count_tokens", "model_details"]
+        cards = [m.ModelCard("m", verbs=verbs), m.ModelCard("few", aliases=["alias"], verbs=verbs, slots=FEW)]
+        self.desk.cards = by_name(cards)
         self.name = "w"
         self.queued = 0
         self.workload = Workload(self, self, grace_s=5.0, message_bytes=10_000, now=self.now, hand=self._hand, fresh_socket=lambda _: None)
@@ -231,7 +236,7 @@ class Desktop:
             peer.link = ControllerLink(f"tcp://{peer.name}:1", self.workload, peer.send, ttl_s=1e6, random=Random(1), now=self.loop.now)
             self.workload.add(peer.link)
         if loaded:
-            self.workload.announce(slots)
+            self.workload.announce(slots, cards)
 
     def now(self) -> float:
         return self.loop.now

@@ -186,6 +186,9 @@ class Network:
         assert worker.running == slotted
         assert 0 <= slotted <= self._most_slots(worker)
         assert worker.others >= 0
+        for model, share in worker.shares.items():
+            assert share.running == sum(flight.slotted and flight.pool.model == model for flight in worker.flights.values())
+            assert share.others >= 0
         assert worker.trials == sum(flight.on_trial for flight in worker.flights.values())
         assert self.broker.registry.by_name[worker.name] is worker
         for (number, rid), flight in worker.flights.items():

@@ -225,6 +225,7 @@ EXAMPLES = [
     Example("model-card-minimal", m.ModelCard("m")),
     Example("model-card-resume", m.ModelCard("m", features=["resume"], resume={"n": "refused", "sampling": "approximate"})),
     Example("model-card-full", _CARD),
+    Example("model-card-slots", m.ModelCard("m", slots=2)),
     Example("limits-minimal", m.Limits()),
     Example("limits-full", _LIMITS),
     Example("worker-status-child", m.WorkerStatus("below", "controller", "ready", ["m"], 8, 3, controllers=["c0ffee", "feed"])),
