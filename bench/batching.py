@@ -12,10 +12,6 @@ worker costs nothing).
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +20,7 @@ from typing import Any
 from zmqserve import Client
 
 from .model_network import PATIENCE_S, model_network
+from .result import Spread, add_out, print_last_line, progress, rounded, table
 
 MODEL = "smollm2-135m"
 CONCURRENCY = (1, 4, 16)
@@ -39,6 +36,7 @@ def add_arguments(names: Any) -> None:
     parser = names.add_parser("batching", help="tokens a second of a model's batch beside generate and the library's own manager")
     parser.add_argument("--quick", action="store_true", help="about two minutes, with shorter answers and fewer repetitions")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of either model (default 1)")
+    add_out(parser)
     parser.set_defaults(run=run)
 
 
@@ -49,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from zmqserve.backends import checkpoint, smollm2
+    from zmqserve.backends.load_options import LoadOptions
 
     torch.set_num_threads(args.threads)
-    loaded = checkpoint.load(smollm2.path_of(MODEL, say=print), device="cpu", dtype="float32")
+    loaded = checkpoint.load(str(smollm2.MODEL.fetch(say=print)), LoadOptions(device="cpu", dtype="float32"))
     manager = _manager(loaded)
     options = ("--device", "cpu", "--dtype", "float32", "--threads", str(args.threads), "--slots", str(max(CONCURRENCY)))
     rates: dict[str, list[float]] = {}
@@ -64,32 +63,21 @@ def run(args: argparse.Namespace) -> int:
             for arm in arms.values():
                 arm()
             rates = {name: [] for name in arms}
-            for _ in range(repeats):
+            for _ in progress(repeats, "batching"):
                 for name, arm in arms.items():
                     began_s = time.perf_counter()
                     made = arm()
                     rates[name].append(made / (time.perf_counter() - began_s))
     finally:
         manager.stop(hard_stop=True)
-    print(f"{'tokens/s':28}{'median':>10}{'min..max':>18}")
-    for name, each in rates.items():
-        print(f"{name:28}{statistics.median(each):10.1f}{f'{min(each):.1f}..{max(each):.1f}':>18}")
-    medians = {name: statistics.median(each) for name, each in rates.items()}
+    spreads = {name: Spread.of(each) for name, each in rates.items()}
+    print(table(("tokens/s", "median", "min..max"), [(name, *spread.cells(1)) for name, spread in spreads.items()]))
+    medians = {name: spread.median for name, spread in spreads.items()}
     ratios = {f"gain_{n}": medians[f"network, {n} at once"] / medians[GENERATE] for n in CONCURRENCY}
     ratios |= {f"share_{n}": medians[f"network, {n} at once"] / medians[f"manager, {n} at once"] for n in CONCURRENCY}
-    for name, ratio in ratios.items():
-        print(f"{name:28}{ratio:10.2f}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "batching",
-                "settings": {"model": MODEL, "threads": args.threads, "tokens": tokens, "repeats": repeats},
-                "machine": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()},
-                "tokens_per_s": {name: round(rate, 2) for name, rate in medians.items()},
-                "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
-            }
-        )
-    )
+    print(table(("ratio", ""), [(name, f"{ratio:.2f}") for name, ratio in ratios.items()]))
+    settings = {"model": MODEL, "threads": args.threads, "tokens": tokens, "repeats": repeats}
+    print_last_line("batching", settings, args.out, tokens_per_s=rounded(medians, 2), ratios=rounded(ratios))
     return 0
 
 

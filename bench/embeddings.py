@@ -11,9 +11,6 @@ over texts one by one, many at a time over all at once. What comes back is compa
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
 import statistics
 import time
@@ -26,6 +23,7 @@ import numpy as np
 from zmqserve import Client
 
 from .model_network import model_network
+from .result import Spread, add_out, print_last_line, progress, rounded, table
 
 MODEL = "all-minilm-l6-v2"
 CONCURRENCY = (1, 8, 64)
@@ -42,6 +40,7 @@ def add_arguments(names: Any) -> None:
     parser = names.add_parser("embeddings", help="texts a second through the network beside SentenceTransformer.encode")
     parser.add_argument("--quick", action="store_true", help="about two minutes, with fewer texts and repetitions")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of either model (default 1)")
+    add_out(parser)
     parser.set_defaults(run=run)
 
 
@@ -61,30 +60,25 @@ def run(args: argparse.Namespace) -> int:
             for arm in arms.values():
                 arm(texts[:8])
             figures[kind] = {name: [] for name in arms}
-            for _ in range(repeats):
+            for _ in progress(repeats, f"{kind} texts"):
                 for name, arm in arms.items():
                     began_s = time.perf_counter()
                     found = arm(texts)
                     figures[kind][name].append(count / (time.perf_counter() - began_s))
                     largest = max(largest, float(np.abs(found - expected).max()))
                     least = min(least, float((found * expected).sum(axis=1).min()))
-    print(f"{'texts/s':32}" + "".join(f"{f'{kind}, {low}-{high} words':>20} {'min..max':>16}" for kind, (low, high) in KINDS.items()))
-    for name in figures["short"]:
-        cells = (sorted(figures[kind][name]) for kind in KINDS)
-        print(f"{name:32}" + "".join(f"{statistics.median(cell):20,.1f} {f'{cell[0]:,.1f}..{cell[-1]:,.1f}':>16}" for cell in cells))
+    header = ["texts/s", *(cell for kind, (low, high) in KINDS.items() for cell in (f"{kind}, {low}-{high} words", "min..max"))]
+    rows = [[name, *(cell for kind in KINDS for cell in Spread.of(figures[kind][name]).cells(1))] for name in figures["short"]]
+    print(table(header, rows))
     ratios = {f"{kind}_{n}": _ratio(figures[kind], n) for kind in KINDS for n in CONCURRENCY}
     print(f"largest difference of a number of a vector {largest:.1e}, least cosine {least:.7f}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "embeddings",
-                "settings": {"model": MODEL, "threads": args.threads, "texts": counts, "repeats": repeats},
-                "machine": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()},
-                "texts_per_s": {kind: {name: round(statistics.median(all_), 2) for name, all_ in figures[kind].items()} for kind in KINDS},
-                "largest_difference": largest,
-                "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
-            }
-        )
+    print_last_line(
+        "embeddings",
+        {"model": MODEL, "threads": args.threads, "texts": counts, "repeats": repeats},
+        args.out,
+        texts_per_s={kind: rounded({name: statistics.median(each) for name, each in figures[kind].items()}, 2) for kind in KINDS},
+        largest_difference=largest,
+        ratios=rounded(ratios),
     )
     return 0
 
@@ -127,5 +121,5 @@ def _reference(threads: int) -> Callable[[Sequence[str]], Matrix]:
     from zmqserve.backends import minilm
 
     torch.set_num_threads(threads)
-    model: Any = SentenceTransformer(minilm.path_of(MODEL), device="cpu")
+    model: Any = SentenceTransformer(str(minilm.MODEL.fetch()), device="cpu")
     return lambda texts: model.encode(list(texts), show_progress_bar=False)

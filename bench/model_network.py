@@ -1,7 +1,8 @@
-"""A controller and a ModelWorker, processes of their own, for benchmarks that compare them with a library."""
+"""A controller and a worker, processes of their own, for benchmarks that compare them with something else."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,13 +18,15 @@ LOOK_S = 0.05
 
 
 @contextmanager
-def model_network(model: str, *options: str) -> Iterator[str]:
-    """Gives the endpoint for clients, once the model is loaded."""
+def model_network(model: str, *options: str, backend: str = "transformers", tcp: bool = False) -> Iterator[str]:
+    """Gives the endpoint for clients, once the model is loaded; ``ipc``, or with `tcp` one on loopback."""
     with tempfile.TemporaryDirectory(prefix="zmqserve-bench-") as folder, Path(folder, "log").open("wb+") as log:
         clients, workers = f"ipc://{folder}/clients", f"ipc://{folder}/workers"
+        if tcp:
+            clients, workers = (f"tcp://127.0.0.1:{port}" for port in _free_ports(2))
         commands = (
             ("controller", "--clients", clients, "--workers", workers),
-            ("worker", "transformers", "--model", model, "--controller", workers, *options),
+            ("worker", backend, "--model", model, "--controller", workers, *options),
         )
         processes = [subprocess.Popen([sys.executable, "-m", "zmqserve", *command], stdout=log, stderr=log) for command in commands]
         try:
@@ -38,3 +41,11 @@ def model_network(model: str, *options: str) -> Iterator[str]:
             for process in reversed(processes):
                 process.terminate()
                 process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

@@ -1,6 +1,6 @@
 """What the controller costs beside C `zmq.proxy`: round trips and relayed tokens. No model, no GPU.
 
-    python -m bench transport [--quick]
+    python -m bench transport [--quick] [--check]
 
 Both networks are up at once and measured in turn, block by block, so that the machine's noise meets both alike. `ratios`
 in the last line: rtt_* are the controller's median over the proxy's (lower is better), relay_* its tokens/s over the
@@ -10,10 +10,7 @@ proxy's (higher is better): `token` with one token a message, `step` with one to
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +19,8 @@ from typing import Any
 
 import zmq
 
-from . import lean
+from . import baseline, lean
+from .result import Spread, add_out, print_last_line, progress, rounded, table
 
 ARMS = ("proxy", "controller")
 _spawn = multiprocessing.get_context("spawn")
@@ -32,6 +30,8 @@ def add_arguments(names: Any) -> None:
     """The subcommand's options."""
     parser = names.add_parser("transport", help="controller against C zmq.proxy: round trips and relayed tokens")
     parser.add_argument("--quick", action="store_true", help="under a minute, with fewer repetitions")
+    parser.add_argument("--check", action="store_true", help="compare with bench/baseline.json: exit code 1 where a ratio is worse")
+    add_out(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,26 +48,17 @@ def run(args: argparse.Namespace) -> int:
         figures, cpu = _relay(step, repeats, settings["streams"], settings["tokens"])
         ratios[f"relay_{name}_vs_proxy"] = _compare(rows, f"relay, one {name} a message, tokens/s", figures, 1)
         rows.append((f"  CPU s per 1M tokens, broker, {name}", f"{cpu['proxy']:.2f}", "", f"{cpu['controller']:.2f}", ""))
-    print(f"{'':44}{'proxy':>12} {'min..max':>22}{'controller':>14} {'min..max':>22}")
-    for title, *cells in rows:
-        print(f"{title:44}{cells[0]:>12} {cells[1]:>22}{cells[2]:>14} {cells[3]:>22}")
+    print(table(("", "proxy", "min..max", "controller", "min..max"), rows))
     print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-    machine = {"python": platform.python_version(), "libzmq": zmq.zmq_version(), "pyzmq": zmq.__version__, "machine": platform.machine()}
-    print(
-        json.dumps(
-            {"benchmark": "transport", "settings": settings, "machine": machine, "ratios": {k: round(v, 4) for k, v in ratios.items()}}
-        )
-    )
-    return 0
+    kept = not args.check or baseline.check("transport", ratios)
+    print_last_line("transport", settings, args.out, ratios=rounded(ratios))
+    return 0 if kept else 1
 
 
 def _compare(rows: list[tuple[str, str, str, str, str]], title: str, figures: dict[str, list[float]], scale: float) -> float:
-    cells: list[str] = []
-    for arm in ARMS:
-        values = sorted(value * scale for value in figures[arm])
-        cells += [f"{statistics.median(values):,.0f}", f"{values[0]:,.0f}..{values[-1]:,.0f}"]
-    rows.append((title, cells[0], cells[1], cells[2], cells[3]))
-    return statistics.median(figures["controller"]) / statistics.median(figures["proxy"])
+    proxy, controller = (Spread.of([value * scale for value in figures[arm]]) for arm in ARMS)
+    rows.append((title, *proxy.cells(), *controller.cells()))
+    return controller.median / proxy.median
 
 
 def _round_trips(transport: str, blocks: int) -> dict[str, list[float]]:
@@ -75,7 +66,7 @@ def _round_trips(transport: str, blocks: int) -> dict[str, list[float]]:
         spent: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for arm in ARMS:
             lean.round_trips(networks[arm].client, 200)
-        for _ in range(blocks):
+        for _ in progress(blocks, f"round trips, {transport}"):
             for arm in ARMS:
                 spent[arm] += lean.round_trips(networks[arm].client, 200)
     return spent
@@ -87,7 +78,7 @@ def _relay(step: bool, repeats: int, streams: int, tokens: int) -> tuple[dict[st
     with _networks("tcp", streams, tokens, step) as networks:
         for arm in ARMS:
             lean.consume(networks[arm].client, streams)
-        for _ in range(repeats):
+        for _ in progress(repeats, f"relay, one {'step' if step else 'token'} a message"):
             for arm in ARMS:
                 before = networks[arm].cpu_seconds()
                 rates[arm].append(streams * tokens / lean.consume(networks[arm].client, streams))

