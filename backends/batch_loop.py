@@ -20,7 +20,7 @@ from zmqserve.logs import Logger
 from .batch_cache import CacheSize
 from .checkpoint import Checkpoint
 from .engine_thread import BREAK_S, MOST_BREAKS
-from .model_errors import runs_no_more
+from .model_errors import out_of_memory, runs_no_more
 from .row_sampling import Outlet, RowSampling
 from .sequences import Token, TokenSequence, hand_over
 from .turns import Turns
@@ -35,9 +35,10 @@ class BatchLoop(threading.Thread):
     """A SequenceEngine. At most `most` sequences are in the batch at once, the others wait. No request waits while another has several.
 
     An error in the forward breaks the library's loop and fails all that is in it. Here the loop goes on: what was in the batch
-    is tried again from its ids so far, each alone for one token; one that breaks the loop when it is alone fails, the others
-    come together again. If they break it although each runs alone (memory), half as many may run together from then on, and with
-    time more again. So a break costs each a step, and no two breaks with the same ones leave the batch as large.
+    is tried again from its ids so far, each alone for one token; one that breaks the loop when it is alone fails, if a single id that
+    runs after it says that it was not the model, and the others come together again. If they break it although each runs alone
+    (memory), half as many may run together from then on, and with time more again. So a break costs each a step, and no two breaks
+    with the same ones leave the batch as large.
     Raises what the library raises for a model that it cannot batch. `on_death`: what to call, from its thread, when it can make no
     more; what is open is left to whoever ends the worker then.
     """
@@ -57,6 +58,9 @@ class BatchLoop(threading.Thread):
         self._trying = False
         self._to_try: deque[TokenSequence] = deque()
         self._tried: list[TokenSequence] = []
+        # Broke it alone, and waits for what the probe says, whose request id is beside it.
+        self._suspect: tuple[TokenSequence, Exception] | None = None
+        self._probe = ""
         self._serving = False
         self._closing = threading.Event()
         self._breaks = 0
@@ -129,6 +133,9 @@ class BatchLoop(threading.Thread):
             manager.background_thread_status.clear()
             with self._lock:
                 self._serving = True
+                if self._suspect is not None:
+                    self._probe = str(next(self._numbers))
+                    manager.add_request([0], request_id=self._probe, max_new_tokens=1, streaming=True)
                 self._admit()
             if self._closing.is_set():
                 self._halt()  # it was cleared above
@@ -141,8 +148,9 @@ class BatchLoop(threading.Thread):
             if self._closing.is_set():
                 break
             error = error or BackendError("the batching loop ended by itself")
+            # A full memory passes.
+            self._breaks = 0 if out_of_memory(error) else self._breaks + 1
             stepped = self._recover(error)
-            self._breaks = 0 if stepped else self._breaks + 1
             if self._breaks >= MOST_BREAKS and self.on_death is not None:
                 self.on_death(runs_no_more(error))
                 break
@@ -152,6 +160,7 @@ class BatchLoop(threading.Thread):
                 self._closing.wait(BREAK_S)
         with self._lock:
             left = [*self._running.values(), *self._waiting.clear(), *self._to_try, *self._tried]
+            left += [self._suspect[0]] if self._suspect is not None else []
             self._running.clear()
         if self._closing.is_set():
             hand_over((sequence, BackendError("the worker stopped before the answer was complete")) for sequence in left)
@@ -163,11 +172,11 @@ class BatchLoop(threading.Thread):
     # --- with the lock ----------------------------------------------------------------------------
 
     def _busy(self) -> bool:
-        return bool(self._running or self._waiting or self._trying)
+        return bool(self._running or self._waiting or self._trying or self._suspect)
 
     def _admit(self) -> None:
         """Let those in that may come."""
-        if not self._serving:
+        if not self._serving or self._suspect is not None:
             return
         if self._trying:
             while self._to_try and not self._running:
@@ -226,7 +235,10 @@ class BatchLoop(threading.Thread):
         made: list[tuple[TokenSequence, Token | Exception]] = []
         with self._lock:
             self._stepped_s = time.monotonic()
+            self._breaks = 0
             for request, token_id in outputs:
+                if request == self._probe:
+                    made += self._convict()
                 sequence = self._running.get(request)
                 if sequence is None:
                     continue
@@ -261,10 +273,18 @@ class BatchLoop(threading.Thread):
         if sequence is not None:
             hand_over([(sequence, error)])
 
+    def _convict(self) -> list[tuple[TokenSequence, Token | Exception]]:
+        """The suspect, with what it ends with: it was not the model."""
+        convicted: list[tuple[TokenSequence, Token | Exception]] = [] if self._suspect is None else [self._suspect]
+        self._suspect = None
+        return convicted
+
     def _recover(self, error: Exception) -> bool:
-        """The loop broke; returns whether a step had begun in it. Nothing is in the batch any more."""
+        """The loop broke; returns whether a step of sequences had begun in it. Nothing is in the batch any more."""
+        log.error("a step failed", batch=len(self._in_batch), exc_info=error)
+        failed: list[tuple[TokenSequence, Token | Exception]] = []
         with self._lock:
-            stepped = bool(self._in_batch)
+            stepped = bool(self._in_batch) and self._suspect is None
             self._serving = False
             self._good_steps = 0
             suspects = [self._running.pop(request) for request in self._in_batch if request in self._running]
@@ -278,13 +298,17 @@ class BatchLoop(threading.Thread):
             self._running.clear()
             self._waiting.push_back(others)
             self._in_batch = []
-            failed = suspects if len(suspects) == 1 else []
-            if len(suspects) > 1:
+            if self._suspect is not None:
+                # The probe broke it, too.
+                failed = self._convict() if out_of_memory(error) else []
+            elif len(suspects) == 1:
+                self._suspect = suspects[0], error.with_traceback(None)
+                failed = self._convict() if self.on_death is None else []
+            elif suspects:
                 self._trying = True
                 self._to_try.extend(suspects)
                 self._limit = (len(suspects) + 1) // 2 if self._broke_before(suspects) else self._limit
-        log.error("a step failed", batch=len(suspects), exc_info=error)
-        hand_over((sequence, error.with_traceback(None)) for sequence in failed)
+        hand_over(failed)
         return stepped
 
     def _broke_before(self, suspects: list[TokenSequence]) -> bool:

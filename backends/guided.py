@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from zmqserve.errors import BackendError, InvalidParameter, Unsupported
 from zmqserve.params import Guided
 
+from .guided_errors import cannot_be_followed, check_multiples, kind_of, shortened
 from .model_errors import missing_libraries
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ _MOST_STATES = 50_000
 _STEP_FUEL = 100_000
 _STEP_ITEMS = 20_000
 """What one answer may take in a step, in the library's units: some 10 ms, which others in the batch wait for."""
-_MOST_SAID = 240
-_NOT_OURS = re.compile(r"<non-verbose/>.*|^(at )?\d+\(\d+\): |failed to compile JSON schema: |\n *\d+ \|.*|\n *\^")
 
 
 class Grammar(NamedTuple):
@@ -64,7 +62,7 @@ class Grammars:
 
         Raises InvalidParameter for one that is wrong or too large, Unsupported where nothing can be guided.
         """
-        kind = next(name for name in guided.__struct_fields__ if getattr(guided, name) is not None)
+        kind = kind_of(guided)
         text = json.dumps(guided.choice) if kind == "choice" else getattr(guided, kind)
         found = self._kept.get((kind, text))
         if found is None:
@@ -78,6 +76,7 @@ class Grammars:
         most = MOST_GRAMMAR_CHARACTERS if kind == "grammar" else MOST_CHARACTERS
         if len(text) > most:
             raise InvalidParameter(f"{name} has {len(text)} characters, more than {most}", data={"parameter": name})
+        check_multiples(name, text)
         if isinstance(self._words, Unsupported):
             raise Unsupported(self._words.message, data=self._words.data)
         from llguidance import LLMatcher, LLParserLimits
@@ -95,7 +94,7 @@ class Grammars:
         except Exception as error:  # noqa: BLE001 - converters in Python raise anything, RecursionError too
             why = str(error) or type(error).__name__
         if why:
-            raise InvalidParameter(f"{name} cannot be followed: {shortened(why)}", data={"parameter": name})
+            raise cannot_be_followed(name, why)
         return Grammar(name, start)
 
 
@@ -176,13 +175,3 @@ def _words(tokenizer: Any, size: int, eos: list[int]) -> LLTokenizer:
         raise Unsupported(f"guided: {missing.message}", data={**data, **missing.data}) from error
     except Exception as error:
         raise Unsupported(f"guided: the model's tokenizer cannot be guided: {shortened(str(error))}", data=data) from error
-
-
-def shortened(why: str) -> str:
-    """A library's message in one line: its own last word on what is wrong, if it has one, or the beginning and the end.
-
-    Without places in the text that it was given, which is not the request's, and the lines there.
-    """
-    lines = [" ".join(line.split()) for line in _NOT_OURS.sub("", why).splitlines()]
-    said = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), " ".join(filter(None, lines)))
-    return said if len(said) <= _MOST_SAID else f"{said[: _MOST_SAID // 3]} ... {said[-_MOST_SAID // 3 * 2 :]}"

@@ -10,6 +10,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 _FREE = '%llguidance {"no_forcing": true}\n'
 """Where only one text can come next, the model may still choose among the tokens that spell it."""
+_LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
+_COMBINED = re.compile(r"[&~]")
 _ESCAPES = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))", re.DOTALL)
 _WITH_BACKSLASH = {"\n": "\\n", "\r": "\\r", "\t": "\\t", **{each: f"\\{each}" for each in '"\\[]'}}
 
@@ -27,6 +29,8 @@ def form_of(kind: str, text: str) -> str:
     if kind == "choice":
         # A terminal: as alternatives of a rule there could be no more than the parser has room for in one place.
         return f"{_FREE}start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
+    if "::=" not in text and _COMBINED.search(_LITERALS.sub("", text)):
+        raise ValueError("terminals cannot be combined with & or ~: what that takes has no bound")
     lark = any_to_lark(_ESCAPES.sub(_plain, text) if "::=" in text else text).removeprefix("%llguidance {}")
     return lark if "%llguidance" in lark else _FREE + lark
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from zmqserve.errors import InvalidParameter, ZmqserveError
 from zmqserve.messages import TokenLogprob, TopLogprob
-from zmqserve.params import SamplingParams
+from zmqserve.params import Guided, SamplingParams
+
+from .guided_errors import cannot_be_followed, check_multiples, kind_of
 
 _MAX_SEED = 2**63 - 1
 _GREEDY_BELOW = 1e-5
@@ -26,6 +28,8 @@ def sampling(params: SamplingParams, max_tokens: int, *, index: int = 0, receive
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     guided = params.guided
+    if guided is not None:
+        check_multiples(f"guided.{kind_of(guided)}", guided.json or guided.grammar or "")
     try:
         structured = None
         if guided is not None:
@@ -50,17 +54,22 @@ def sampling(params: SamplingParams, max_tokens: int, *, index: int = 0, receive
             output_kind=RequestOutputKind.DELTA,
         )
     except Exception as error:
-        raise refused(error, "params" if guided is None else "guided") from error
+        raise refused(error, guided) from error
 
 
-def refused(error: Exception, parameter: str) -> Exception:
-    """What a caller is told of what vLLM raised: a mistake of the request names its parameter, or `parameter` where vLLM does not."""
+def refused(error: Exception, guided: Guided | None = None) -> Exception:
+    """What a caller is told of what vLLM raised: a mistake of the request names its parameter.
+
+    Where vLLM names none it is the form that the answer is to have, if it is `guided`: all else is checked before vLLM gets it.
+    """
     from vllm.exceptions import VLLMValidationError
 
     if isinstance(error, ZmqserveError) or not isinstance(error, ValueError | TypeError | VLLMValidationError):
         return error
-    name = getattr(error, "parameter", None) or parameter
-    return InvalidParameter(f"vLLM refuses the request: {error}", data={"parameter": name})
+    name = getattr(error, "parameter", None)
+    if guided is not None and name is None:
+        return cannot_be_followed(f"guided.{kind_of(guided)}", str(error))
+    return InvalidParameter(f"vLLM refuses the request: {' '.join(str(error).split())}", data={"parameter": name or "params"})
 
 
 def token_logprobs(position: Mapping[int, Any], token_id: int, most: int, text_of: Callable[[int], str]) -> TokenLogprob:

@@ -220,7 +220,7 @@ class VLLMWorker(BaseModelWorker):
             if loaded.engine.errored:
                 # The worker ends, and the request goes on elsewhere.
                 await asyncio.get_running_loop().create_future()
-            raise refused(error, "params") from error
+            raise refused(error) from error
         finally:
             self._embedding -= 1
 
@@ -230,18 +230,20 @@ class VLLMWorker(BaseModelWorker):
 
     async def _open(self, loaded: Loaded, job: Job) -> None:
         """Hand a request to the engine. Its answer needs no task."""
-        params = job.request.params
         try:
             asked = await asyncio.get_running_loop().run_in_executor(loaded.tokenizing, _prepare, loaded, job)
             if asked.complete is not None:
                 job.emit(Delta(asked.choices[0].late, finish_reason=asked.complete))
                 job.finish()
                 return
-            await loaded.outputs.open(job, asked.choices, asked.ids, asked.params, loaded.loras.get(job.request.model))
+            try:
+                await loaded.outputs.open(job, asked.choices, asked.ids, asked.params, loaded.loras.get(job.request.model))
+            except Exception as error:
+                raise refused(error, job.request.params.guided) from error
         except Exception as error:  # noqa: BLE001 - it belongs to this request
             # With a dead engine the worker ends, and the request goes on elsewhere.
             if not loaded.engine.errored:
-                loaded.outputs.fail(job, refused(error, "params" if params.guided is None else "guided"))
+                loaded.outputs.fail(job, error)
 
     # --- its state --------------------------------------------------------------------------------
 

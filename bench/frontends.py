@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:12}" + "".join(_cells(cell) for cell in cells))
     result = {
         "benchmark": "frontends",
-        "settings": {key: value for key, value in vars(args).items() if key != "run"},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("run", "out")} | {"model": Path(args.model).name},
         "machine": _machine(),
         "skipped": skipped,
         "figures": summary,

@@ -138,6 +138,8 @@ def test_vectors_are_raw_floats_in_msgpack_and_lists_in_json(served: Context) ->
         pipeline.push(asked, msgpack.packb(asked))
         told, packed = pipeline.pull(2)
     assert (told["shape"], told["dtype"], packed["shape"], packed["dtype"]) == ([2, 2], "float32", [2, 2], "float32")
+    assert told["usage"] == packed["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "cached_tokens": 0}
+    assert told["timings"]["worker"] == packed["timings"]["worker"] != ""
     vectors = np.frombuffer(packed["vectors"], "<f4").reshape(2, 2)
     assert np.array_equal(np.array(told["vectors"], np.float32), vectors)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
@@ -398,6 +400,15 @@ def test_stopped_before_it_runs_it_ends_at_once(context: Context) -> None:
     bridge.bind()
     bridge.stop()
     bridge.run()
+
+
+def test_a_wrong_timeout_stops_nothing(served: Context) -> None:
+    with bridged(served) as (pipeline, bridge):
+        for wrong in (-1, "1"):
+            with pytest.raises(errors.InvalidParameter, match="timeout_s must be a number of seconds from 0"):
+                bridge.stop(wrong)  # type: ignore[arg-type]
+        pipeline.push({"prompt": "a b"})
+        assert pipeline.pull(1)[0]["text"] == "a b"
 
 
 def test_while_one_finishes_another_may_bind_its_endpoint(context: Context) -> None:

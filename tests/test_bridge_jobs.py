@@ -69,7 +69,12 @@ def test_the_first_byte_tells_the_encoding(payload: bytes, encoding: Any) -> Non
         ({}, "InvalidParameter", "prompt", "this one has none"),
         ({"prompt": "a", "texts": ["b"]}, "InvalidParameter", "texts", "this one has prompt and texts"),
         ({"prompt": ["a"]}, "InvalidParameter", "prompt", "Expected `str | null`, got `array`"),
-        ({"prompt": "a", "promt": 1}, "InvalidParameter", "promt", "'promt' is no key of a job; known: id, metadata, model, prompt"),
+        (
+            {"prompt": "a", "promt": 1},
+            "InvalidParameter",
+            "promt",
+            "'promt' is not a key of a job (did you mean 'prompt'?); known: id, metadata, model, prompt",
+        ),
         ({"prompt": "a", "params": {"max_token": 1}}, "InvalidParameter", "max_token", "known: max_tokens"),
         ({"prompt": "a", "params": {"timeout_s": 1}}, "InvalidParameter", "timeout_s", "'timeout_s' is not a parameter"),
         ({"prompt": "a", "params": [1]}, "InvalidParameter", "params", "Expected `object | null`, got `array`"),

@@ -13,7 +13,7 @@ from tests.fakes.broker import Broker, chunk, done
 from zmqserve import messages as m
 from zmqserve.cli import main
 
-from .processes import PATIENCE_S, zmqserve
+from .processes import PATIENCE_S, ServedController, zmqserve
 
 FULL = Path("/dev/full")
 
@@ -65,6 +65,22 @@ def test_the_timeout_holds_for_every_command(command: list[str], capsys: pytest.
     with Broker() as broker:
         assert main([*command, "--timeout", "0.2", "--controller", broker.endpoint]) == 1
     assert capsys.readouterr().err == "zmqserve: no end came within the deadline of 0.2 s\n"
+
+
+def test_what_ended_an_answer_stands_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with ServedController() as controller, controller.echo("w", "--faults"):
+        controller.wait_ready("w")
+        for prompt, said in (("a b !raise", "a b\n"), ("!raise", "")):
+            assert main(["ask", "m", prompt, "--controller", controller.clients]) == 1
+            told = capsys.readouterr()
+            assert told.out == said
+            assert told.err.startswith("zmqserve: ")
+
+
+def test_a_model_without_a_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["worker", "echo", "--model", ""])
+    assert capsys.readouterr().err.endswith("argument --model: must not be empty\n")
 
 
 def test_a_wrong_endpoint_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

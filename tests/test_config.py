@@ -52,6 +52,13 @@ def test_a_setting_that_cannot_be_is_named_with_its_file(tmp_path: Path, text: s
     assert caught.value.parameter
 
 
+def test_one_endpoint_is_not_for_both_sides() -> None:
+    with pytest.raises(InvalidParameter, match=r"both have tcp://127\.0\.0\.1:5570"):
+        ControllerConfig(clients=["tcp://127.0.0.1:5570"], workers=["tcp://127.0.0.1:5571", "tcp://127.0.0.1:5570"])
+    for chosen in ("tcp://127.0.0.1:*", "tcp://127.0.0.1:0"):
+        ControllerConfig(clients=[chosen], workers=[chosen])
+
+
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter, match=r"nowhere\.toml: No such file"):
         load_config(tmp_path / "nowhere.toml")

@@ -125,9 +125,35 @@ def test_a_map_under_way_ends_with_what_it_has_asked(start: Start) -> None:
             pass
         for each in asked:
             broker.send(done(each.rid, 0, last=chunk(each.rid, 0, each.prompt)))
+        assert first.result(PATIENCE_S).text == "a"
+        assert next(results).text == "b"
         with pytest.raises(errors.ConnectionFailed, match="drain"):
-            first.result(PATIENCE_S)
+            next(results)
         assert draining.result(PATIENCE_S) is True
+
+
+def test_a_drain_that_close_cuts_short_says_so(start: Start) -> None:
+    broker, client = start()
+    stream = client.generate("m", "x")
+    broker.expect(m.Generate)
+    with ThreadPoolExecutor(1) as pool:
+        draining = pool.submit(client.drain)
+        while not client._connection._pump.session._drainings:
+            pass
+        client.close()
+        assert draining.result(PATIENCE_S) is False
+    with pytest.raises(errors.ConnectionFailed):
+        stream.text()
+
+
+@pytest.mark.parametrize("timeout_s", [-1, "1", True, float("nan")])
+def test_a_wrong_timeout_is_said_and_nothing_is_drained(start: Start, timeout_s: Any) -> None:
+    _, client = start(echo)
+    with pytest.raises(errors.InvalidParameter, match="a number of seconds from 0") as caught:
+        client.drain(timeout_s)
+    assert caught.value.parameter == "timeout_s"
+    assert client.generate("m", "x", stream=False, max_tokens=1).text == "t0 "
+    assert client.drain(0) is True
 
 
 # --- the other clients -------------------------------------------------------------------------

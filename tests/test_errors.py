@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -111,3 +112,5 @@ def test_errors_that_compose_their_message_name_the_value_and_the_way_out() -> N
     bound = errors.BindFailed("tcp://127.0.0.1:5570", "Address already in use", 98)
     assert str(bound) == "cannot bind tcp://127.0.0.1:5570: Address already in use; stop that process or choose another endpoint"
     assert bound.data == {"endpoint": "tcp://127.0.0.1:5570", "errno": 98}
+    elsewhere = errors.BindFailed("tcp://192.0.2.1:5570", "Cannot assign requested address", errno.EADDRNOTAVAIL)
+    assert str(elsewhere).endswith("; give an address of this machine, or * for all that it has")

@@ -120,6 +120,12 @@ def test_text_that_no_token_spells_is_the_callers_error() -> None:
         allowed(guide, [3], 6)
 
 
+def test_numbers_may_be_multiples_of_small_ones_of_any_scale(grammars: Grammars) -> None:
+    numbers = {"cents": 0.01, "dozens": 12, "millions": 1_000_000, "eighths": 0.125}
+    properties = {name: {"type": "number", "multipleOf": number} for name, number in numbers.items()}
+    grammars.compile(Guided(json=json.dumps({"type": "object", "properties": properties})))
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
@@ -136,6 +142,13 @@ def test_text_that_no_token_spells_is_the_callers_error() -> None:
         (Guided(json='{"$ref": "#"}'), "no text fits it"),
         (Guided(json='{"type": "integer", "minimum": 5, "maximum": 3}'), "minimum"),
         (Guided(json='{"type":"object","properties":{"a":' * 1500 + "{}" + "}}" * 1500), "recursion"),
+        (Guided(json='{"type": "integer", "multipleOf": 1000003}'), "each remainder"),
+        (Guided(json='{"type": "integer", "multiple\\u004ff": 1000003}'), "each remainder"),
+        (Guided(json='{"allOf": [{"type": "integer", "multipleOf": 1009}, {"multipleOf" : 10.07}]}'), "each remainder"),
+        (Guided(grammar='start: %json {"type": "integer", "multipleOf": 1000003}'), "each remainder"),
+        (Guided(grammar="start: A\nA: /(.{101})*/ & /(.{103})*/ & /(.{107})*/ & /(.{109})*/"), "& or ~"),
+        (Guided(grammar='start: A\nA: ~"a" "b"'), "& or ~"),
+        (Guided(json='{"type": "integer", "multipleOf": 1e99999999999999999999}'), "expected value"),
         (Guided(regex="("), "unclosed group"),
         (Guided(regex="(?=a)b"), "look-around"),
         (Guided(regex=r"(a)\1"), "backreferences"),
@@ -149,7 +162,7 @@ def test_text_that_no_token_spells_is_the_callers_error() -> None:
     ],
     ids=lambda value: repr(value)[:40] if isinstance(value, Guided) else "",
 )
-def test_a_form_that_is_none_is_the_callers_error(tokenizer: Any, grammars: Grammars, guided: Guided, why: str) -> None:
+def test_a_form_that_is_none_or_too_much_is_the_callers_error(tokenizer: Any, grammars: Grammars, guided: Guided, why: str) -> None:
     kind = next(name for name in guided.__struct_fields__ if getattr(guided, name) is not None)
     with pytest.raises(InvalidParameter) as caught:
         grammars.compile(guided)

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
 import pytest
 import zmq
+import zmq.asyncio
 
-from zmqserve import AsyncClient, Client, Controller, PolledClient, WorkerConfig, ZmqserveError
+from zmqserve import AsyncClient, Bridge, Client, Controller, InvalidParameter, PolledClient, WorkerConfig, ZmqserveError
 from zmqserve.backends.echo import EchoWorker
 
 from .processes import PATIENCE_S, eventually
@@ -44,6 +46,40 @@ def controller(context: Context, **settings: Any) -> Controller:
 
 def worker(context: Context, name: str = "w", *, ttl_s: float = 3.0, **options: Any) -> EchoWorker:
     return EchoWorker(WorkerConfig(model="m", name=name, context=context, controllers=(WORKERS,), ttl_s=ttl_s), **options)
+
+
+@pytest.mark.parametrize("kind", [zmq.asyncio.Context, type("Own", (zmq.Context,), {})])
+def test_a_context_of_asyncio_or_a_class_of_yours_serves_as_well(kind: Callable[[], Context]) -> None:
+    """The sockets of zmq.asyncio give futures, which a socket's loop took for messages without end."""
+    with kind() as context, network(context):
+        with Client(CLIENTS, context=context) as client:
+            assert client.generate("m", "a b", stream=False, max_tokens=2).text == "a b"
+        with PolledClient(CLIENTS, context=context) as driven:
+            assert polled(driven, driven.count_tokens("m", "a b")) == 2
+
+        async def ask() -> str:
+            async with AsyncClient(CLIENTS, context=context) as client:
+                return await client.generate("m", "c d", max_tokens=2).text()
+
+        assert asyncio.run(ask()) == "c d"
+        same = zmq.Context(context)
+        with same.socket(zmq.PUSH) as jobs, same.socket(zmq.PULL) as results:
+            jobs.bind("inproc://jobs")
+            results.bind("inproc://results")
+            with Bridge(CLIENTS, pull="inproc://jobs", push="inproc://results", model="m", context=context):
+                jobs.send(b'{"prompt": "e f", "params": {"max_tokens": 2}}')
+                assert results.poll(int(1000 * PATIENCE_S))
+                assert b'"text":"e f"' in results.recv()
+
+
+@pytest.mark.parametrize("make", [Client, AsyncClient, PolledClient, Controller, partial(Bridge, pull=CLIENTS, push=CLIENTS)])
+def test_what_is_no_context_is_refused(make: Callable[..., Any]) -> None:
+    gone = zmq.Context()
+    gone.term()
+    for wrong in ("context", gone):
+        with pytest.raises(InvalidParameter, match=r"zmq\.Context that is open") as caught:
+            make(context=wrong)
+        assert caught.value.parameter == "context"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.broker import PATIENCE_S, Broker, chunk, done
-from tests.processes import ServedController, network
+from tests.processes import ServedController, eventually, network
 from zmqserve import AsyncClient, Client, MapResult, errors
 from zmqserve import messages as m
 
@@ -159,6 +159,10 @@ def test_one_that_fails_is_a_result_and_others_go_on(start: Start) -> None:
     ("options", "parameter"),
     [
         ({"concurrency": 0}, "concurrency"),
+        ({"concurrency": "8"}, "concurrency"),
+        ({"ordered": "yes"}, "ordered"),
+        ({"progress": 5}, "progress"),
+        ({"params": {"max_tokens": 5}}, "params"),
         ({"max_token": 1}, "max_token"),
         ({"temperature": -1}, "temperature"),
         ({"timeout_s": 0}, "timeout_s"),
@@ -176,6 +180,15 @@ def test_wrong_options_are_said_before_anything_is_taken(start: Start, options: 
         bulk.client.map("m", prompts(), **options)
     assert caught.value.parameter == parameter
     assert (taken, broker.nothing_arrived()) == ([], True)
+
+
+@pytest.mark.parametrize("prompts", ["a text", b"bytes", {"role": "user", "content": "x"}, 5, None])
+def test_what_is_not_many_prompts_is_refused(start: Start, prompts: Any) -> None:
+    """A text is many characters, too: thousands of requests would leave."""
+    broker, bulk = start(word)
+    with pytest.raises(errors.InvalidParameter) as caught:
+        bulk.client.map("m", prompts)
+    assert (caught.value.parameter, broker.nothing_arrived()) == ("prompts", True)
 
 
 @pytest.mark.parametrize("where", ["source", "progress", "consumer"])
@@ -213,6 +226,67 @@ def test_an_error_of_the_callers_own_ends_it_and_cancels_the_rest(start: Start, 
 def test_without_a_controller_it_raises(kind: str) -> None:
     with closing(Bulk(kind, "tcp://127.0.0.1:1", connect_timeout_s=0.05)) as bulk, pytest.raises(errors.ControllerUnreachable):
         list(bulk.map("m", ["a", "b"]))
+
+
+def test_it_goes_on_when_its_controller_is_back(start: Start) -> None:
+    """One that has just started does not know its workers yet."""
+    first, bulk = start(word, connect_timeout_s=0.05, failover_s=60.0)
+    results = bulk.map("m", (str(number) for number in range(60)), concurrency=4)
+    texts = [next(results).text for _ in range(10)]
+    first.close()
+    turned_down: list[int] = []
+
+    def young(asked: Any) -> list[Any]:
+        if len(turned_down) < 4 and asked.rid not in turned_down:
+            turned_down.append(asked.rid)
+            return [m.Error(asked.rid, errors.UnknownModel.code, "nobody serves m")]
+        return word(asked)
+
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(lambda: [result.text for result in results])
+        eventually(lambda: peer(bulk).tried >= 4, PATIENCE_S, "nobody answers")
+        with Broker(young, endpoint=first.endpoint):
+            texts += rest.result(2 * PATIENCE_S)
+    assert texts == [str(number) for number in range(60)]
+    assert len(turned_down) == 4
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_has_ended_is_handed_on_when_its_controller_does_not_come_back(start: Start, ordered: bool) -> None:
+    def script(asked: Any) -> list[Any]:
+        return [] if asked.prompt == "0" else word(asked)
+
+    broker, bulk = start(script, connect_timeout_s=0.05, failover_s=0.4)
+    ended: list[int] = []
+    asked: list[int] = []
+
+    def progress(count: int, _total: int | None) -> None:
+        ended.append(count)
+        if count == 20:
+            broker.close()
+
+    def prompts() -> Iterator[str]:
+        for number in range(100_000):
+            asked.append(number)
+            yield str(number)
+
+    results: list[MapResult] = []
+    with pytest.raises(errors.ControllerUnreachable):
+        results.extend(bulk.map("m", prompts(), concurrency=4, ordered=ordered, progress=progress))
+    assert len(results) == len(ended) > 20
+    indexes = [result.index for result in results]
+    assert (indexes if ordered else sorted(indexes)) == list(range(len(results)))
+    assert len(asked) <= len(results) + 4
+    lost = [result for result in results if result.error is not None]
+    assert 0 in [result.index for result in lost]
+    assert {type(result.error) for result in lost} == {errors.ControllerLost}
+    assert all(result.text == result.prompt for result in results if result.error is None)
+
+
+def peer(bulk: Bulk) -> Any:
+    connection = bulk.client._connection
+    pump = connection._pump if isinstance(bulk.client, Client) else connection._driven.pump
+    return pump.session._peer
 
 
 def test_many_maps_in_many_threads_share_one_client() -> None:

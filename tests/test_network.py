@@ -96,7 +96,7 @@ def test_the_order_of_starting_does_not_matter() -> None:
         clients, workers = first.clients, first.workers
         first.end(signal.SIGKILL)
     with Served("worker", "echo", "--model", "m", "--worker-name", "early", "--controller", workers) as worker:
-        worker.wait_for("controller silent", within_s=30.0)
+        assert "zmqserve controller" in worker.wait_for("controller silent", within_s=30.0)["hint"]
         with ServedController(clients, workers) as controller:
             controller.wait_ready("early", within_s=5.0)
 

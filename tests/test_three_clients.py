@@ -19,7 +19,7 @@ from tests.fakes.clients import KINDS, Asker, OnLoop
 from tests.processes import eventually
 from zmqserve import errors
 from zmqserve import messages as m
-from zmqserve.params import SamplingParams
+from zmqserve.params import EmbedParams, SamplingParams
 
 Start = Callable[..., tuple[Broker, Asker]]
 
@@ -117,10 +117,16 @@ def test_the_verbs_that_answer_in_one_piece(start: Start) -> None:
         ("generate", ("m", "x"), {"max_token": 1}, "max_token"),
         ("generate", ("m", "x"), {"temperature": -1}, "temperature"),
         ("generate", ("m", "a\ud800"), {}, "prompt"),
+        ("generate", ("m", "x"), {"stream": "no"}, "stream"),
+        ("generate", ("m", "x"), {"params": {"max_tokens": 1}}, "params"),
+        ("generate", ("m", "x"), {"params": EmbedParams(), "max_tokens": 1}, "params"),
         ("chat", ("m", [{"role": "user"}]), {}, "messages[0]"),
         ("embed", ("m", "x"), {}, "texts"),
         ("count_tokens", ("m", [1, 2]), {}, "prompt"),
         ("drain_worker", ("",), {}, "worker"),
+        ("drain_worker", ("w",), {"timeout_s": 0}, "timeout_s"),
+        ("models", (), {"timeout_s": -1}, "timeout_s"),
+        ("status", (), {"timeout_s": "1"}, "timeout_s"),
     ],
 )
 def test_what_cannot_be_right_is_never_sent(start: Start, verb: str, args: Any, options: Any, parameter: str) -> None:
@@ -132,8 +138,36 @@ def test_what_cannot_be_right_is_never_sent(start: Start, verb: str, args: Any, 
 
 
 def test_a_wrong_option_of_a_client_is_named(kind: Callable[..., Asker]) -> None:
-    with pytest.raises(errors.InvalidParameter, match="'retry' is no option"):
+    with pytest.raises(errors.InvalidParameter, match="'retry' is not an option of a client"):
         kind("tcp://127.0.0.1:1", retry=3)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("timeout", "timeout_s"), ("max_token", "max_tokens"), ("temprature", "temperature")])
+def test_a_name_that_is_nearly_right_is_told_the_right_one(start: Start, given: str, meant: str) -> None:
+    _, client = start()
+    with pytest.raises(errors.InvalidParameter, match=f"did you mean '{meant}'"):
+        client.ask("generate", "m", "x", **{given: 1})
+
+
+@pytest.mark.parametrize("endpoints", [5, [5], b"tcp://127.0.0.1:1", ["tcp://127.0.0.1:1", None]])
+def test_what_is_no_endpoint_is_said(kind: Callable[..., Asker], endpoints: Any) -> None:
+    with pytest.raises(errors.InvalidParameter) as caught:
+        kind(endpoints)
+    assert caught.value.parameter == "endpoints"
+
+
+@pytest.mark.parametrize("name", [5, "x" * 257])
+def test_a_name_that_no_controller_takes_is_said_before_the_first_request(kind: Callable[..., Asker], name: Any) -> None:
+    with pytest.raises(errors.InvalidParameter) as caught:
+        kind("tcp://127.0.0.1:1", name=name)
+    assert caught.value.parameter == "name"
+
+
+@pytest.mark.parametrize(("verb", "args"), [("models", ()), ("status", ()), ("drain_worker", ("w",)), ("model_details", ("m",))])
+def test_every_verb_may_have_a_deadline(start: Start, verb: str, args: Any) -> None:
+    _, client = start()  # a controller that greets, and says no more
+    with pytest.raises(errors.DeadlineExceeded, match=r"within the deadline of 0\.05 s"):
+        client.ask(verb, *args, timeout_s=0.05)
 
 
 # --- ends --------------------------------------------------------------------------------------

@@ -7,19 +7,21 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from zmqserve.backends import vllm_worker
+from zmqserve.backends import vllm_engine, vllm_worker
 from zmqserve.backends.vllm_adapters import adapters_of, allowed_rank
 from zmqserve.backends.vllm_engine import EngineFigures, split_arguments
 from zmqserve.backends.vllm_fingerprint import directory_of, fingerprint
+from zmqserve.backends.vllm_params import refused, sampling
 from zmqserve.backends.vllm_vocabulary import ModelVocabulary
 from zmqserve.backends.vllm_worker import VLLMWorker, _check_stops
 from zmqserve.errors import BackendError, InvalidParameter
 from zmqserve.messages import Embed
-from zmqserve.params import SamplingParams
+from zmqserve.params import Guided, SamplingParams
 from zmqserve.worker import WorkerConfig
 
 from .fakes.tiny_bert import make_encoder
@@ -152,3 +154,100 @@ def test_figures_are_the_last_of_each_scheduler() -> None:
     figures.record(scheduler_stats=None, engine_idx=1)
     assert figures.waiting == 7
     assert 0 <= figures.age_s() < 60
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, **modules: dict[str, Any]) -> None:
+    """Modules of vLLM that hold only what is given; dots in their names are written as two underscores."""
+    for name, content in modules.items():
+        path = name.replace("__", ".")
+        for place in range(len(parts := path.split("."))):
+            monkeypatch.setitem(sys.modules, whole := ".".join(parts[: place + 1]), ModuleType(whole))
+        sys.modules[path].__dict__.update(content)
+
+
+class Refusal(ValueError):
+    """As vLLM's VLLMValidationError."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+BAD_EXPRESSION = """Grammar error: at 1(8): invalid regex "([" (in regex): regex parse error:
+    ([
+     ^
+error: unclosed character class
+   1 | start: /([/
+              ^
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "guided", "parameter", "message"),
+    [
+        (Refusal(BAD_EXPRESSION), Guided(regex="(["), "guided.regex", "guided.regex cannot be followed: unclosed character class"),
+        (
+            Refusal("Grammar error: type must be a string or array of strings"),
+            Guided(json='{"type": 3}'),
+            "guided.json",
+            "guided.json cannot be followed: type must be a string or array of strings",
+        ),
+        (
+            Refusal('Grammar error: at 1(8): unknown name: "x"\n   1 | start: x\n              ^\n'),
+            Guided(grammar="start: x"),
+            "guided.grammar",
+            'guided.grammar cannot be followed: unknown name: "x"',
+        ),
+        (Refusal("too many", "logprobs"), Guided(choice=["a"]), "logprobs", "vLLM refuses the request: too many"),
+        (ValueError("two\n  lines"), None, "params", "vLLM refuses the request: two lines"),
+    ],
+    ids=["expression", "schema", "grammar", "another parameter", "no form"],
+)
+def test_what_vllm_says_of_a_request_is_one_sentence_that_names_its_parameter(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, guided: Guided | None, parameter: str, message: str
+) -> None:
+    stand_in(monkeypatch, vllm__exceptions={"VLLMValidationError": Refusal})
+    found = refused(error, guided)
+    assert isinstance(found, InvalidParameter)
+    assert (found.parameter, found.message) == (parameter, message)
+
+
+def test_what_is_no_mistake_of_the_request_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, vllm__exceptions={"VLLMValidationError": Refusal})
+    for error in (RuntimeError("the engine"), InvalidParameter("ours")):
+        assert refused(error, Guided(choice=["a"])) is error
+
+
+def test_the_engine_gets_the_defaults_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's for an engine inside a program let fewer sequences and tokens into a step, and slots follow `max_num_seqs`."""
+    figures = EngineFigures()
+    arguments = SimpleNamespace(disable_log_stats=False, create_engine_config=lambda usage: f"settings of a {usage}")
+    made = SimpleNamespace(logger_manager=object())
+    asked: list[tuple[str, bool]] = []
+
+    def from_vllm_config(config: str, *, disable_log_stats: bool) -> Any:
+        asked.append((config, disable_log_stats))
+        return made
+
+    stand_in(
+        monkeypatch,
+        vllm__engine__arg_utils={"AsyncEngineArgs": None},
+        vllm__usage__usage_lib={"UsageContext": SimpleNamespace(OPENAI_API_SERVER="server", ENGINE_CONTEXT="program")},
+        vllm__v1__engine__core={"EngineCoreProc": SimpleNamespace(run_engine_core=None)},
+        vllm__v1__engine__async_llm={"AsyncLLM": SimpleNamespace(from_vllm_config=from_vllm_config)},
+    )
+    monkeypatch.setattr(vllm_engine, "parsed", lambda *_: arguments)
+    assert vllm_engine.start("m", {}, {}, figures) is made
+    assert asked == [("settings of a server", False)]
+    assert made.logger_manager is figures
+
+
+def test_a_schema_that_would_keep_the_engine_busy_for_minutes_does_not_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"RequestOutputKind": SimpleNamespace(DELTA=0), "StructuredOutputsParams": SimpleNamespace}
+    stand_in(monkeypatch, vllm__sampling_params=kinds, vllm__exceptions={"VLLMValidationError": Refusal})
+    sys.modules["vllm"].__dict__["SamplingParams"] = SimpleNamespace
+    small, large = (Guided(json=json.dumps({"type": "integer", "multipleOf": number})) for number in (3, 1000003))
+    assert sampling(SamplingParams(guided=small), 9).structured_outputs.json == small.json
+    with pytest.raises(InvalidParameter, match="each remainder") as caught:
+        sampling(SamplingParams(guided=large), 9)
+    assert caught.value.parameter == "guided.json"

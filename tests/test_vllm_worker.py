@@ -323,12 +323,13 @@ def test_heartbeats_tell_what_waits_in_the_scheduler_and_cancels_empty_it(networ
 @pytest.mark.parametrize(
     ("params", "parameter"),
     [
-        ({"guided": Guided(json='{"type": 3}')}, "guided"),
-        ({"guided": Guided(grammar="%%%")}, "guided"),
+        ({"guided": Guided(json='{"type": 3}')}, "guided.json"),
+        ({"guided": Guided(regex="([")}, "guided.regex"),
+        ({"guided": Guided(grammar="%%%")}, "guided.grammar"),
         ({"stop_token_ids": [2**31]}, "stop_token_ids"),
         ({"stop_token_ids": list(range(200)), "min_tokens": 1}, "stop_token_ids"),
     ],
-    ids=["schema", "grammar", "unknown stop id", "too many stop ids"],
+    ids=["schema", "expression", "grammar", "unknown stop id", "too many stop ids"],
 )
 def test_what_vllm_refuses_names_its_parameter_and_others_go_on(network: Network, params: dict[str, Any], parameter: str) -> None:
     stream = network.client.generate(MODEL, PROMPTS[1], max_tokens=16, temperature=0, ignore_eos=True)
@@ -336,6 +337,8 @@ def test_what_vllm_refuses_names_its_parameter_and_others_go_on(network: Network
     with pytest.raises(InvalidParameter) as caught:
         network.client.generate(MODEL, "x", stream=False, max_tokens=4, **params)
     assert caught.value.parameter == parameter
+    assert parameter in caught.value.message
+    assert "\n" not in caught.value.message
     assert read(stream).usage.completion_tokens == 16
 
 

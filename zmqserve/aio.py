@@ -13,12 +13,12 @@ from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
 from .async_connection import AsyncConnection
 from .async_prompts import Prompts
 from .async_stream import AsyncStream
-from .bulk import Arrivals, Bulk, Progress
+from .bulk import Arrivals, Bulk, Progress, check_prompts
 from .call import Answer, Call
 from .errors import ZmqserveError
 from .forks import OneProcess
 from .messages import ControllerStatus, Details, DrainReply, Embedding, ModelCard, Models, StatusReply, Tokens
-from .requests import Prompt, Turn
+from .requests import Prompt, Turn, check_switch
 from .results import Completion, MapResult, ServedModel, array_of, served
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class AsyncClient(OneProcess):
 
     endpoints: the controller's client side, or several to try in order; None: ``ZMQSERVE_CONTROLLER``, else
     ``tcp://127.0.0.1:5570``. Nothing is sent before the first request.
-    context: a ZeroMQ context to share (needed for ``inproc://``); None: one of its own.
+    context: a ZeroMQ context to share (needed for ``inproc://``), zmq.asyncio's, too; None: one of its own.
     options: see ClientOptions.
 
     It may be made anywhere and is then used on one event loop, by any number of tasks; a stream belongs to one of them at a time. A task
@@ -122,6 +122,7 @@ class AsyncClient(OneProcess):
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[MapResult, None]:
         """Generate for many prompts: Client.map for ``async for``. The prompts may come from an asynchronous iterator, too."""
+        check_prompts(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
         bulk = Bulk(self._asking.each(model, options), concurrency=concurrency, ordered=ordered, progress=progress, total=total)
         return self._map(bulk, Prompts(prompts))
@@ -140,22 +141,22 @@ class AsyncClient(OneProcess):
 
     # --- the network ---------------------------------------------------------------------------
 
-    async def models(self) -> list[ServedModel]:
+    async def models(self, *, timeout_s: float | None = None) -> list[ServedModel]:
         """What is served, and by whom."""
-        return [served(status) for status in (await self._answer(self._asking.models(), Models)).models]
+        return [served(status) for status in (await self._answer(self._asking.models(timeout_s), Models)).models]
 
-    async def status(self) -> ControllerStatus:
+    async def status(self, *, timeout_s: float | None = None) -> ControllerStatus:
         """The controller's state: its workers, models, queues and counters."""
-        return (await self._answer(self._asking.status(), StatusReply)).status
+        return (await self._answer(self._asking.status(timeout_s), StatusReply)).status
 
-    async def drain_worker(self, worker: str, grace_s: float | None = None) -> int:
+    async def drain_worker(self, worker: str, grace_s: float | None = None, *, timeout_s: float | None = None) -> int:
         """Let a worker finish what it runs, within `grace_s` (None: the controller's setting), and go. Returns how much it still runs."""
-        return (await self._answer(self._asking.drain_worker(worker, grace_s), DrainReply)).running
+        return (await self._answer(self._asking.drain_worker(worker, grace_s, timeout_s), DrainReply)).running
 
     # --- how -----------------------------------------------------------------------------------
 
     def _generate(self, ask: Ask, *, stream: bool) -> AsyncStream | Coroutine[Any, Any, Completion]:
-        return AsyncStream(self._connection, ask) if stream else self._completion(ask)
+        return AsyncStream(self._connection, ask) if check_switch("stream", stream) else self._completion(ask)
 
     async def _completion(self, ask: Ask) -> Completion:
         return completed(await self._finished(ask))
@@ -170,30 +171,37 @@ class AsyncClient(OneProcess):
     async def _map(self, bulk: Bulk, prompts: Prompts) -> AsyncGenerator[MapResult, None]:
         arrivals = Arrivals()
         try:
-            while not (prompts.over and bulk.idle):
-                while bulk.room and prompts.take():
-                    index, ask = bulk.begin(prompts.taken)
-                    if ask is not None:
-                        try:
-                            arrivals.watch(index, await self._connection.open(ask, collect=True))
-                        except ZmqserveError as error:
-                            bulk.refuse(index, error)
-                for result in bulk.ready():
-                    yield result
-                if bulk.room and not prompts.over:
-                    # There may be room only since results were taken.
-                    if prompts.awaited:
-                        await prompts.wait(self._connection.wait(arrivals))
-                elif not bulk.idle:
-                    await self._connection.wait(arrivals)
+            while not bulk.idle or not (prompts.over or bulk.failure is not None):
                 for index, call in arrivals.take():
                     bulk.end(index, call)
-            for result in bulk.ready():
+                takes = bulk.room and prompts.take()
+                if takes:
+                    index, ask = bulk.begin(prompts.taken)
+                    if ask is not None:
+                        self._begin(bulk, arrivals, index, ask)
+                # One for one: while results are taken, others are on their way.
+                if (result := bulk.next()) is not None:
+                    yield result
+                elif takes:
+                    continue
+                elif bulk.room and prompts.awaited:
+                    await prompts.wait(self._connection.wait(arrivals))
+                elif not bulk.idle:
+                    await self._connection.wait(arrivals)
+            while (result := bulk.next()) is not None:
                 yield result
+            if bulk.failure is not None:
+                raise bulk.failure
         finally:
             for call in list(arrivals.open):
                 self._connection.cancel(call)
             await prompts.close()
+
+    def _begin(self, bulk: Bulk, arrivals: Arrivals, index: int, ask: Ask) -> None:
+        try:
+            arrivals.watch(index, self._connection.begin(ask, collect=True))
+        except ZmqserveError as error:
+            bulk.refuse(index, error)
 
     async def _finished(self, ask: Ask) -> Call:
         """The request's call when it has ended. Whoever is cancelled meanwhile cancels it."""

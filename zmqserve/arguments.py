@@ -1,9 +1,16 @@
-"""Numbers on a command line."""
+"""Values on a command line."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+
+def filled(text: str) -> str:
+    """A text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def positive(text: str) -> int:

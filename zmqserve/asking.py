@@ -12,8 +12,8 @@ from . import requests
 from .call import ClientRequest
 from .config import CLIENT_ENDPOINT
 from .errors import InvalidEndpoint, InvalidParameter, Unsupported
-from .messages import Drain, ListModels, Status
-from .params import EmbedParams, SamplingParams, build
+from .messages import MAX_NAME, Drain, ListModels, Status
+from .params import EmbedParams, SamplingParams, build, invalid, unknown
 from .peer import Wire
 from .requests import EmbedFields, Prompt, Routing, Sampling, Turn, check_count, check_duration, check_switch
 from .session import Session
@@ -34,7 +34,7 @@ class ClientOptions(TypedDict, total=False):
     ttl_s: the controller gives this client up after so much silence; the client does the same with a controller, by the ttl that that
     one tells (3 s by default), or this where it tells none (3.0).
     failover_s: requests under way whose controller was lost look for another (or the same, when it is back) for so long, then end
-    as ControllerLost. New ones are tried at each endpoint once (10.0).
+    as ControllerLost. New ones are tried at each endpoint once, those of a `map` for so long, too (10.0).
     resume: answers that have begun go on elsewhere, from where they were; False: they end with WorkerLost or ControllerLost (True).
     retries: how often a request is sent again that ends, before its first chunk, with an error that may pass (Overloaded, ...), each
     time after what the error's `retry_after_ms` says, within the deadline (0).
@@ -86,6 +86,7 @@ class Ask(NamedTuple):
     timeout_s: float | None = None
     resume: bool = True
     retries: int = 0
+    patient: bool = False
 
 
 class Asking:
@@ -98,12 +99,13 @@ class Asking:
     def __init__(self, endpoints: str | Sequence[str] | None, options: Mapping[str, Any]) -> None:
         for name in options:
             if name not in ClientOptions.__annotations__:
-                known = ", ".join(ClientOptions.__annotations__)
-                raise InvalidParameter(f"{name!r} is no option of a client; known: {known}", data={"parameter": name})
+                raise unknown(name, "an option of a client", ClientOptions.__annotations__)
         if endpoints is None:
             endpoints = os.environ.get(ENDPOINTS_VARIABLE, CLIENT_ENDPOINT).split(",")
         elif isinstance(endpoints, str):
             endpoints = [endpoints]
+        if not isinstance(endpoints, Sequence) or not all(isinstance(endpoint, str) for endpoint in endpoints):
+            raise invalid("endpoints", endpoints, "an endpoint like tcp://127.0.0.1:5570, or a list of them")
         self.endpoints = tuple(_to_connect(endpoint.strip()) for endpoint in endpoints)
         if not self.endpoints:
             raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
@@ -116,6 +118,8 @@ class Asking:
         self._failover_s = check_duration("failover_s", options.get("failover_s", 10.0))
         self._buffer_bytes = check_count("buffer_bytes", options.get("buffer_bytes", 16 * 2**20))
         self._name = options.get("name", "")
+        if not isinstance(self._name, str) or len(self._name) > MAX_NAME:
+            raise invalid("name", self._name, f"a text of at most {MAX_NAME} characters")
 
     def __repr__(self) -> str:
         return f"Asking({', '.join(self.endpoints)})"
@@ -147,7 +151,7 @@ class Asking:
         routing, params, sampling = self._split(options, GenerateOptions)
         built = build(SamplingParams, params, sampling)
         requests.check_name("model", model)
-        return lambda prompt: self._ask(requests.generate(model, prompt, built, {}, routing), routing)
+        return lambda prompt: self._ask(requests.generate(model, prompt, built, {}, routing), routing)._replace(patient=True)
 
     def embed(self, model: str, texts: Sequence[str], options: Mapping[str, Any]) -> Ask:
         """One vector per text. Raises Unsupported without numpy: the caller is to get an array."""
@@ -169,26 +173,25 @@ class Asking:
         routing = self._routing({"timeout_s": timeout_s})
         return self._ask(requests.model_details(model, routing), routing)
 
-    def models(self) -> Ask:
+    def models(self, timeout_s: float | None) -> Ask:
         """What is served."""
-        return self._ask(ListModels(requests.new_rid()), self._routing({}))
+        return self._ask(ListModels(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
 
-    def status(self) -> Ask:
+    def status(self, timeout_s: float | None) -> Ask:
         """The controller's state."""
-        return self._ask(Status(requests.new_rid()), self._routing({}))
+        return self._ask(Status(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
 
-    def drain_worker(self, worker: str, grace_s: float | None) -> Ask:
+    def drain_worker(self, worker: str, grace_s: float | None, timeout_s: float | None) -> Ask:
         """To let a worker finish and go."""
         request: Drain = requests.drain(worker, grace_s)
-        return self._ask(request, self._routing({}))
+        return self._ask(request, self._routing({"timeout_s": timeout_s}))
 
     def _split(self, options: Mapping[str, Any], kind: type) -> tuple[Routing, Any, dict[str, Any]]:
         """How it is treated, its `params`, and the fields of those that were given beside them."""
         known = kind.__annotations__
         for name in options:
             if name not in known:
-                text = f"{name!r} is not a parameter; known: {', '.join(sorted(known))}"
-                raise InvalidParameter(text, data={"parameter": name, "known": sorted(known)})
+                raise unknown(name, "a parameter", sorted(known))
         routing = self._routing({name: options[name] for name in _ROUTING if name in options})
         fields = {name: value for name, value in options.items() if name not in _ROUTING and name != "params"}
         return routing, options.get("params"), fields

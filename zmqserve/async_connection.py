@@ -49,10 +49,14 @@ class AsyncConnection:
         self._loop = None
         self._forget_loop()
 
+    def begin(self, ask: Ask, *, collect: bool) -> Call:
+        """Send a request, now or as soon as a controller is there. Raises as Session.open."""
+        self._attach()
+        return self._driven.open(ask, collect=collect)
+
     async def open(self, ask: Ask, *, collect: bool) -> Call:
         """Send a request: it has left when this returns. Raises as Session.open, and what kept it from being sent."""
-        self._attach()
-        call = self._driven.open(ask, collect=collect)
+        call = self.begin(ask, collect=collect)
         if not call.sent:
             try:
                 await self._wait(call, for_sent=True)
@@ -79,9 +83,10 @@ class AsyncConnection:
     def abandon(self, call: Call) -> None:
         """`cancel` for a finalizer, from any thread."""
         self._driven.abandon(call)
-        if self._loop is not None:
+        loop = self._loop  # which may let go of it meanwhile
+        if loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._process)
+                loop.call_soon_threadsafe(self._process)
 
     async def drain(self, timeout_s: float | None) -> bool:
         """Take no new requests, wait until none is open, or for `timeout_s`, and close. Returns whether all ended by themselves."""

@@ -18,8 +18,8 @@ from .bridge_loop import BridgeLoop
 from .errors import InvalidParameter
 from .logs import Logger
 from .polled import PolledClient
-from .requests import check_count, check_duration, check_name, check_switch
-from .sockets import SocketLimits
+from .requests import check_count, check_name, check_switch, check_wait
+from .sockets import SocketLimits, plain
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -73,9 +73,9 @@ class Bridge:
         self._concurrency = _positive("concurrency", concurrency)
         self._window = 2 * concurrency if window is None else _positive("window", window)
         self._ordered = check_switch("ordered", ordered)
-        self._drain_s = drain_s if drain_s == 0 else check_duration("drain_s", drain_s)
+        self._drain_s = check_wait("drain_s", drain_s)
         self._job_bytes = _positive("job_bytes", job_bytes)
-        self._context, self._owns_context = context, context is None
+        self._context, self._owns_context = None if context is None else plain(context), context is None
         self._loop: BridgeLoop | None = None
         self._running = self._stopping = False
         self._lost = 0
@@ -155,13 +155,14 @@ class Bridge:
         timeout_s: what is not done by then is dropped (None: however long that takes). Waits for the thread of `start`, and raises what
         broke it. Returns whether libzmq has got all results; where it does not wait, whether it has them now. Harmless when it has ended.
         """
+        until_s = inf if timeout_s is None else monotonic() + check_wait("timeout_s", timeout_s)
         self._stopping = True
         loop = self._loop
         if loop is not None and not self._running and self._thread is None:  # bound, and never run
             self._close(0)
         elif loop is not None:
             if timeout_s is not None:
-                loop.until_s = monotonic() + timeout_s
+                loop.until_s = until_s
             loop.stop()
             self._lost = loop.held
         thread = self._thread

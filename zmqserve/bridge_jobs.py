@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from .errors import InvalidParameter, MalformedMessage, RequestError
-from .params import EmbedParams, Guided, SamplingParams
+from .params import EmbedParams, Guided, SamplingParams, unknown
 from .requests import check_duration, check_name
 
 _ASKS = ("prompt", "messages", "token_ids", "texts")
@@ -125,11 +125,9 @@ def _decoded(encoding: Encoding, payload: bytes) -> _Fields:
 
 def _explained(text: str) -> RequestError:
     """msgspec's words with our names: a job's keys are parameters to who wrote it."""
-    unknown = re.search(r"unknown field `(.+?)`", text)
-    if unknown is not None:
-        known = list(_Fields.__struct_fields__)
-        what = f"{unknown[1]!r} is no key of a job; known: {', '.join(known)}"
-        return InvalidParameter(what, data={"parameter": unknown[1], "known": known})
+    strange = re.search(r"unknown field `(.+?)`", text)
+    if strange is not None:
+        return unknown(strange[1], "a key of a job", _Fields.__struct_fields__)
     wrong = re.search(r"(.*) - at `\$\.(.+?)`$", text)
     if wrong is not None:
         return InvalidParameter(f"{wrong[2]}: {wrong[1]}", data={"parameter": re.split(r"\W", wrong[2])[0]})
@@ -181,8 +179,7 @@ def _params(params: dict[str, Any], ask: str) -> dict[str, Any]:
     kind = EmbedParams if ask == "texts" else SamplingParams
     for name in params:
         if name not in kind.__struct_fields__:
-            known = list(kind.__struct_fields__)
-            raise InvalidParameter(f"{name!r} is not a parameter; known: {', '.join(known)}", data={"parameter": name, "known": known})
+            raise unknown(name, "a parameter", kind.__struct_fields__)
     if params.get("guided") is None:
         return params
     try:

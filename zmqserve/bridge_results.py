@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 
 from .bridge_jobs import JSON, Envelope
 from .errors import ZmqserveError
-from .messages import TokenLogprob
+from .messages import Timings, TokenLogprob, Usage
 from .results import Completion, CompletionChoice, StreamChunk
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ def of_answer(envelope: Envelope, model: str, answer: Completion) -> bytes:
     return _encoded(envelope, told)
 
 
-def of_vectors(envelope: Envelope, model: str, vectors: Array) -> bytes:
+def of_vectors(envelope: Envelope, model: str, vectors: Array, usage: Usage, timings: Timings) -> bytes:
     """Vectors of `shape` (texts, dimensions): in msgpack raw little-endian float32, row by row; in JSON lists of numbers."""
     told = vectors.tolist() if envelope.encoding is JSON else vectors.astype("<f4").tobytes()
-    return _encoded(envelope, {"model": model, "vectors": told, "shape": list(vectors.shape), "dtype": "float32"})
+    how = {"shape": list(vectors.shape), "dtype": "float32", "usage": asdict(usage), "timings": asdict(timings)}
+    return _encoded(envelope, {"model": model, "vectors": told, **how})
 
 
 def of_chunk(envelope: Envelope, chunk: StreamChunk) -> bytes:

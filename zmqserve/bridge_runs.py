@@ -14,7 +14,7 @@ from .bridge_jobs import Envelope, Job
 from .errors import UnknownModel, ZmqserveError
 from .liveness import Agenda, Backoff
 from .logs import Logger
-from .polled import Asked, PolledClient, PolledStream
+from .polled import Asked, Pending, PolledClient, PolledStream
 
 log = Logger("zmqserve.bridge")
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.1, 5.0
@@ -119,10 +119,16 @@ class Runs:
                 if asked.done:
                     self._end(run, bridge_results.of_answer(run.envelope, run.job.model, asked.completion))
             elif asked is not None and asked.done:
-                whole = bridge_results.of_vectors if run.job.ask == "texts" else bridge_results.of_answer
-                self._end(run, whole(run.envelope, run.job.model, asked.result()))
+                self._end(run, self._whole(run, asked))
         except ZmqserveError as error:
             self._fail(now, run, error)
+
+    @staticmethod
+    def _whole(run: _Run, asked: Pending[Any]) -> bytes:
+        result, usage, timings = asked.result(), asked.usage, asked.timings
+        if run.job.ask == "texts" and usage is not None and timings is not None:
+            return bridge_results.of_vectors(run.envelope, run.job.model, result, usage, timings)
+        return bridge_results.of_answer(run.envelope, run.job.model, result)
 
     def _end(self, run: _Run, result: bytes) -> None:
         self._forget(run)

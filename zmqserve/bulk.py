@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from . import forks
 from .answering import completed
 from .asking import Ask
 from .call import Call
-from .errors import ConnectionFailed, InvalidParameter, ZmqserveError
-from .requests import Prompt, check_count
+from .errors import ConnectionFailed, ZmqserveError
+from .params import invalid
+from .requests import Prompt, check_switch
 from .results import MapResult
 
 AHEAD = 16
@@ -20,17 +21,29 @@ Progress = Callable[[int, int | None], object]
 """Told how many have ended, and of how many if that is known."""
 
 
+def check_prompts(prompts: object) -> None:
+    """Raise InvalidParameter for what cannot be many prompts. A text's characters and a mapping's keys are not meant to be."""
+    if isinstance(prompts, str | bytes | Mapping) or not (hasattr(prompts, "__iter__") or hasattr(prompts, "__aiter__")):
+        raise invalid("prompts", prompts, "a list, or another iterable, of prompts")
+
+
 class Bulk:
-    """The state of a `map`. `ask` makes a prompt's request; `total` of them, if that is known; `progress` is called after each end."""
+    """The state of a `map`. `ask` makes a prompt's request; `total` of them, if that is known; `progress` is called after each end.
+
+    `failure`: why no more can be asked: to be raised once what was asked before has ended and was handed on.
+    """
 
     def __init__(
         self, ask: Callable[[Prompt], Ask], *, concurrency: int, ordered: bool, progress: Progress | None, total: int | None
     ) -> None:
-        if check_count("concurrency", concurrency) < 1:
-            raise InvalidParameter("concurrency must be an integer from 1, got 0", data={"parameter": "concurrency"})
+        if type(concurrency) is not int or concurrency < 1:
+            raise invalid("concurrency", concurrency, "an integer from 1")
+        if progress is not None and not callable(progress):
+            raise invalid("progress", progress, "a function")
+        self.failure: ConnectionFailed | None = None
         self._ask = ask
         self._concurrency = concurrency
-        self._ordered = ordered
+        self._ordered = check_switch("ordered", ordered)
         self._progress = progress
         self._total = total
         self._begun = self._ended = self._given = 0
@@ -45,7 +58,7 @@ class Bulk:
     def room(self) -> bool:
         """Whether one more may be asked."""
         ahead = self._begun - self._given if self._ordered else 0
-        return len(self._prompts) < self._concurrency and ahead < self._concurrency * AHEAD
+        return self.failure is None and len(self._prompts) < self._concurrency and ahead < self._concurrency * AHEAD
 
     @property
     def idle(self) -> bool:
@@ -64,24 +77,33 @@ class Bulk:
             return index, None
 
     def refuse(self, index: int, error: ZmqserveError) -> None:
-        """It could not be sent, and this is its result. Raises the error when no other can be sent, either."""
+        """It could not be sent: this is its result, or the `failure` when no other can be sent, either."""
+        prompt = self._prompts.pop(index)
         if isinstance(error, ConnectionFailed):
-            raise error
-        self._put(MapResult(index, self._prompts.pop(index), error=error))
+            self.failure = error
+        else:
+            self._put(MapResult(index, prompt, error=error))
 
     def end(self, index: int, call: Call) -> None:
         """Its call has ended."""
+        if not call.sent and isinstance(call.end, ConnectionFailed):
+            self.refuse(index, call.end)
+            return
         prompt = self._prompts.pop(index)
         try:
             self._put(MapResult(index, prompt, completed(call)))
         except ZmqserveError as error:
             self._put(MapResult(index, prompt, error=error))
 
-    def ready(self) -> Iterator[MapResult]:
-        """The results that may be handed on now."""
-        while self._ready:
-            self._given += 1
-            yield self._ready.popleft()
+    def next(self) -> MapResult | None:
+        """The next result, if it may be handed on now."""
+        if self.failure is not None and self.idle:
+            # Those before it will not come any more.
+            self._ready += (self._held.pop(index) for index in sorted(self._held))
+        if not self._ready:
+            return None
+        self._given += 1
+        return self._ready.popleft()
 
     def _put(self, result: MapResult) -> None:
         self._ended += 1

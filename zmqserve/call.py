@@ -70,7 +70,7 @@ class Call:
     """An open request. The session writes it (under its owner's lock); one reader takes `chunks`, without any.
 
     `received`: the answer so far, per choice. Together with `next_seq` and `fingerprint` (the model's) it is all that a resume needs.
-    `resumed`: how often the answer went on after its worker or controller was lost. `resume`, `retries`: what the caller allows.
+    `resumed`: how often the answer went on after its worker or controller was lost. `resume`, `retries`, `patient`: what the caller allows.
     `chunks`: what the reader has not taken yet; None when it only wants the whole.
     `sent`: it has left, if only to a controller that was lost; `there`: the present controller has it. `pinged`: the first Ping that
     told it to that one, by number.
@@ -87,6 +87,7 @@ class Call:
         "end",
         "fingerprint",
         "next_seq",
+        "patient",
         "pause",
         "payload",
         "pinged",
@@ -106,12 +107,15 @@ class Call:
         "waiter",
     )
 
-    def __init__(self, request: ClientRequest, payload: bytes, *, collect: bool, resume: bool = True, retries: int = 0) -> None:
+    def __init__(
+        self, request: ClientRequest, payload: bytes, *, collect: bool, resume: bool = True, retries: int = 0, patient: bool = False
+    ) -> None:
         self.request = request
         self.payload = payload
         self.rid = request.rid
         self.resume = resume
         self.retries = retries
+        self.patient = patient
         self.sent = self.there = False
         self.pinged = 0
         self.round_ends = 0

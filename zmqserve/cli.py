@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from . import bridge_command, logs, plugins, up
-from .arguments import positive, seconds
+from .arguments import filled, positive, seconds
 from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
 from .controller import Controller
 from .dispatch import POLICIES
@@ -103,9 +103,16 @@ def ask(args: argparse.Namespace) -> int:
     params = build(SamplingParams, None, {name: value for name, value in given.items() if value is not None})
     with _client(args) as client:
         asked = prompt if args.raw or not _can_chat(client, args.model) else [{"role": "user", "content": prompt}]
-        with client.generate(args.model, asked, params=params) as stream:
-            for chunk in stream:
-                print(chunk.text, end="", flush=True)
+        begun = False
+        try:
+            with client.generate(args.model, asked, params=params) as stream:
+                for chunk in stream:
+                    print(chunk.text, end="", flush=True)
+                    begun = True
+        except (ZmqserveError, KeyboardInterrupt):
+            if begun:  # what is said about it begins a line
+                print(flush=True)
+            raise
         print()
         if args.stats:
             print(figures(stream.completion), file=sys.stderr)
@@ -253,7 +260,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     query = command("ask", printing(ask), "ask a model and stream its answer to the terminal")
     query.add_argument("model", help="a name that `zmqserve models` lists")
-    query.add_argument("prompt", help="the question; - reads it from standard input")
+    query.add_argument("prompt", help="the question, in quotes; - reads it from standard input")
     query.add_argument("--max-tokens", type=int, metavar="N", help="stop after N tokens")
     query.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 1)")
     query.add_argument("--seed", type=int, metavar="N", help="for a repeatable answer")
@@ -285,9 +292,11 @@ def _backend_options(parser: argparse.ArgumentParser, arguments: Sequence[str], 
     chosen = None
     if len(arguments) > 1 and arguments[0] in ("worker", "up") and arguments[1] in plugins.names() and parser.prog.endswith(arguments[0]):
         chosen = plugins.load(arguments[1])
+    needs_model = chosen is None or chosen.needs_model
     parser.add_argument(
         "--model",
-        required=chosen is None or chosen.needs_model,
+        required=needs_model,
+        type=filled if needs_model else str,
         default="",
         metavar="PATH_OR_ID",
         help="what to load: a local path, a Hugging Face id, smollm2-135m or all-minilm-l6-v2",

@@ -10,13 +10,13 @@ import zmq
 
 from .answering import completed
 from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
-from .bulk import Arrivals, Bulk, Progress
+from .bulk import Arrivals, Bulk, Progress, check_prompts
 from .call import Answer, Call
 from .connection import Connection
 from .errors import ZmqserveError
 from .forks import OneProcess
 from .messages import ControllerStatus, Details, DrainReply, Embedding, ModelCard, Models, StatusReply, Tokens
-from .requests import Prompt, Turn
+from .requests import Prompt, Turn, check_switch
 from .results import Completion, MapResult, ServedModel, array_of, served
 from .stream import Stream
 
@@ -33,7 +33,7 @@ class Client(OneProcess):
 
     endpoints: the controller's client side, or several to try in order; None: ``ZMQSERVE_CONTROLLER``, else
     ``tcp://127.0.0.1:5570``. Nothing is sent before the first request.
-    context: a ZeroMQ context to share (needed for ``inproc://``); None: one of its own.
+    context: a ZeroMQ context to share (needed for ``inproc://``), zmq.asyncio's, too; None: one of its own.
     options: see ClientOptions.
 
     All verbs raise the errors of zmqserve.errors. Threads may share a client; a stream belongs to one thread. A forked child has a client
@@ -116,9 +116,13 @@ class Client(OneProcess):
 
         ordered: in the prompts' order; otherwise as they end. progress: called after each end, as ``progress(ended, total)``; total is
         None where `prompts` has no length. options: as in `generate`, for each of them; give `retries` if queues may be full.
-        Prompts are taken as there is room, and nothing new is asked while nobody takes results. Raises at once for wrong options, and
-        ConnectionFailed when no controller can be reached for the next prompt. Closing the iterator cancels what is open.
+        Prompts are taken as there is room, and nothing new is asked while nobody takes results; while `prompts` makes the caller wait, no
+        result is handed on (AsyncClient.map does, with an asynchronous iterator). Raises at once for wrong options.
+        When its controller is lost, prompts look for another (or the same, when it is back) for `failover_s`; then, and at once when there
+        was none at first, it raises ConnectionFailed, after the results of all that had been asked. Closing the iterator cancels what
+        is open.
         """
+        check_prompts(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
         bulk = Bulk(self._asking.each(model, options), concurrency=concurrency, ordered=ordered, progress=progress, total=total)
         return self._map(bulk, iter(prompts))
@@ -140,22 +144,22 @@ class Client(OneProcess):
 
     # --- the network ---------------------------------------------------------------------------
 
-    def models(self) -> list[ServedModel]:
+    def models(self, *, timeout_s: float | None = None) -> list[ServedModel]:
         """What is served, and by whom."""
-        return [served(status) for status in self._answer(self._asking.models(), Models).models]
+        return [served(status) for status in self._answer(self._asking.models(timeout_s), Models).models]
 
-    def status(self) -> ControllerStatus:
+    def status(self, *, timeout_s: float | None = None) -> ControllerStatus:
         """The controller's state: its workers, models, queues and counters."""
-        return self._answer(self._asking.status(), StatusReply).status
+        return self._answer(self._asking.status(timeout_s), StatusReply).status
 
-    def drain_worker(self, worker: str, grace_s: float | None = None) -> int:
+    def drain_worker(self, worker: str, grace_s: float | None = None, *, timeout_s: float | None = None) -> int:
         """Let a worker finish what it runs, within `grace_s` (None: the controller's setting), and go. Returns how much it still runs."""
-        return self._answer(self._asking.drain_worker(worker, grace_s), DrainReply).running
+        return self._answer(self._asking.drain_worker(worker, grace_s, timeout_s), DrainReply).running
 
     # --- how -----------------------------------------------------------------------------------
 
     def _generate(self, ask: Ask, *, stream: bool) -> Stream | Completion:
-        if stream:
+        if check_switch("stream", stream):
             return Stream(self._connection, self._connection.open(ask, collect=False))
         return completed(self._finished(ask))
 
@@ -170,28 +174,36 @@ class Client(OneProcess):
         arrivals = Arrivals()
         more = True
         try:
-            while more or not bulk.idle:
-                while more and bulk.room:
-                    try:
-                        prompt = next(prompts)
-                    except StopIteration:
-                        more = False
-                        break
-                    index, ask = bulk.begin(prompt)
-                    if ask is not None:
-                        try:
-                            arrivals.watch(index, self._connection.open(ask, collect=True))
-                        except ZmqserveError as error:
-                            bulk.refuse(index, error)
-                yield from bulk.ready()
-                if not bulk.idle and not (more and bulk.room):  # there may be room since results were taken
-                    self._connection.wait(arrivals)
+            while not bulk.idle or (more and bulk.failure is None):
                 for index, call in arrivals.take():
                     bulk.end(index, call)
-            yield from bulk.ready()
+                takes = more and bulk.room
+                if takes:
+                    try:
+                        index, ask = bulk.begin(next(prompts))
+                    except StopIteration:
+                        more = False
+                    else:
+                        if ask is not None:
+                            self._begin(bulk, arrivals, index, ask)
+                # One for one: while results are taken, others are on their way.
+                if (result := bulk.next()) is not None:
+                    yield result
+                elif not takes and not bulk.idle:
+                    self._connection.wait(arrivals)
+            while (result := bulk.next()) is not None:
+                yield result
+            if bulk.failure is not None:
+                raise bulk.failure
         finally:
             for call in list(arrivals.open):
                 self._connection.cancel(call)
+
+    def _begin(self, bulk: Bulk, arrivals: Arrivals, index: int, ask: Ask) -> None:
+        try:
+            arrivals.watch(index, self._connection.begin(ask, collect=True))
+        except ZmqserveError as error:
+            bulk.refuse(index, error)
 
     def _finished(self, ask: Ask) -> Call:
         """The request's call when it has ended. An interrupt cancels it."""

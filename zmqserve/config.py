@@ -77,6 +77,10 @@ class ControllerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         for name in ("clients", "workers"):
             if not getattr(self, name):
                 raise InvalidParameter(f"{name} needs at least one endpoint to bind", data={"parameter": name})
+        for endpoint in self.clients:
+            if endpoint in self.workers and not endpoint.endswith((":0", ":*")):
+                text = f"clients and workers need different endpoints, both have {endpoint}"
+                raise InvalidParameter(text, data={"parameter": "workers"})
 
 
 def load_config(path: Path | None, **overrides: object) -> ControllerConfig:

@@ -29,6 +29,7 @@ from .keeper import Keeper
 from .liveness import BEATS_PER_TTL
 from .pump import Awaited, Pump
 from .session import closed
+from .sockets import plain
 
 NAP_S = 1.0
 """The longest sleep of a leader, and how often the keeper looks; with a short ttl it is the time between Pings."""
@@ -57,7 +58,7 @@ class Connection:
     """A session on a DEALER, for `asking`'s controllers. `context`: None makes one, which `close` ends."""
 
     def __init__(self, asking: Asking, context: zmq.Context[zmq.Socket[bytes]] | None) -> None:
-        self._asking, self._context = asking, context
+        self._asking, self._context = asking, None if context is None else plain(context)
         self._nap_most_s = min(NAP_S, asking.ttl_s / BEATS_PER_TTL)
         self._begin()
         forks.watch(self)
@@ -97,8 +98,8 @@ class Connection:
 
     # --- what readers do -----------------------------------------------------------------------
 
-    def open(self, ask: Ask, *, collect: bool) -> Call:
-        """Send a request: it has left when this returns. Raises as Session.open, and what kept it from being sent."""
+    def begin(self, ask: Ask, *, collect: bool) -> Call:
+        """Send a request, now or as soon as a controller is there. Raises as Session.open."""
         self._check_outside()
         with self._mutex:
             now = self._busy_s = monotonic()
@@ -111,6 +112,11 @@ class Connection:
             self._after_send()
             self._keeper.start()
             self._call_keeper()
+        return call
+
+    def open(self, ask: Ask, *, collect: bool) -> Call:
+        """Send a request: it has left when this returns. Raises as Session.open, and what kept it from being sent."""
+        call = self.begin(ask, collect=collect)
         if not call.sent:
             try:
                 self._wait(call, for_sent=True)

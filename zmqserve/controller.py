@@ -23,7 +23,7 @@ from .logs import Logger
 from .parents import Parents
 from .relay import Port, Relay
 from .release import installed_version
-from .sockets import Binding, Monitor, SocketLimits, raise_descriptor_limit, router
+from .sockets import Binding, Monitor, SocketLimits, plain, raise_descriptor_limit, router
 
 log = Logger("zmqserve.controller")
 
@@ -59,7 +59,7 @@ class Controller:
         self.client_endpoints: list[str] = []
         self.worker_endpoints: list[str] = []
         self._own_context = context is None
-        self._context = context
+        self._context = None if context is None else plain(context)
         self._reporter = report or _log
         self._bindings: list[Binding] = []
         self._relay: Relay | None = None
@@ -186,7 +186,7 @@ class Controller:
                 self._relay = None
                 self._close([relay.clients.socket, relay.workers.socket])
         finally:
-            self._running = False
+            self._running = self._stopping = False
 
     def _run_in_thread(self) -> None:
         try:

@@ -14,9 +14,11 @@ import zmq
 from . import forks
 from .asking import Ask, Asking
 from .call import Call
+from .draining import Draining
 from .errors import Unsupported
 from .pump import Pump
-from .session import Draining, closed
+from .session import closed
+from .sockets import plain
 
 CLOSE_LINGER_MS = 100
 """How long the last Cancels may take to leave when a client with open requests is closed."""
@@ -30,7 +32,7 @@ class Driven:
     """
 
     def __init__(self, asking: Asking, context: zmq.Context[zmq.Socket[bytes]] | None, stir: Callable[[], object] | None = None) -> None:
-        self._asking, self._context, self._given_stir = asking, context, stir
+        self._asking, self._context, self._given_stir = asking, None if context is None else plain(context), stir
         self._begin()
         forks.watch(self)
 

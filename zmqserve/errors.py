@@ -36,6 +36,7 @@ Codes keep FastChat's numbers (``fastchat.constants.ErrorCode``) where it has on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from errno import EACCES, EADDRNOTAVAIL, EEXIST, ENODEV, ENOENT, ENOTDIR
 from typing import ClassVar
 
 Data = Mapping[str, str | int | float | list[str]]
@@ -199,13 +200,24 @@ class UpstreamError(BackendError):
     code = 50201
 
 
+_NOT_OURS = "give an address of this machine, or * for all that it has"
+_BIND_HINTS = {
+    EACCES: "choose a port from 1024, or a path that this user may write",
+    EADDRNOTAVAIL: _NOT_OURS,
+    EEXIST: "choose another path",
+    ENODEV: _NOT_OURS,
+    ENOENT: "choose another path",
+    ENOTDIR: "choose another path",
+}
+
+
 class BindFailed(ZmqserveError):
     """An endpoint could not be bound, most often because another process has it."""
 
     code = 50405
 
     def __init__(self, endpoint: str, why: str, errno: int | None) -> None:
-        hint = "stop that process or choose another endpoint"
+        hint = _BIND_HINTS.get(errno or 0, "stop that process or choose another endpoint")
         super().__init__(f"cannot bind {endpoint}: {why}; {hint}", data={"endpoint": endpoint, "errno": errno or 0})
 
 

@@ -56,6 +56,8 @@ class Failover:
         """Take on a new request. Raises InvalidParameter when it is too large for the controller that is there."""
         if self.peer.state is OPEN:
             self._check_size(call.payload)
+        elif call.patient and self.peer.controller:
+            self._recovery(call).until_s = now + self._failover_s
         alone = not self.calls
         self.calls[call.rid] = call
         self._send(now, call, alone=alone)

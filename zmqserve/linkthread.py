@@ -22,6 +22,7 @@ from .lane import Lane
 from .link import ControllerLink
 from .linkport import POLLIN, LinkPort
 from .logs import Logger
+from .sockets import plain
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LinkThread(threading.Thread):
         self._frames: deque[tuple[Lane, bytes, bytes, Answer | None]] = deque()
         self._for_engine: list[tuple[Any, ...]] = []
         self._own_context = config.context is None
-        self._zmq_context: zmq.Context[zmq.Socket[bytes]] = config.context or zmq.Context()
+        self._zmq_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context() if config.context is None else plain(config.context)
         self._bell, self._ring = socket.socketpair()
         self._bell.setblocking(False)
         self._ring.setblocking(False)

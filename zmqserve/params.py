@@ -4,7 +4,8 @@ is an error that names it, and never ignored."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -57,11 +58,11 @@ class Guided(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_f
     def __post_init__(self) -> None:
         given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
         if len(given) != 1:
-            raise _invalid("guided", given, "exactly one of json, regex, choice and grammar")
+            raise invalid("guided", given, "exactly one of json, regex, choice and grammar")
         value = getattr(self, given[0])
         texts = value if given[0] == "choice" else [value]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-            raise _invalid(f"guided.{given[0]}", value, "a list of texts, none empty" if given[0] == "choice" else "a text, not empty")
+            raise invalid(f"guided.{given[0]}", value, "a list of texts, none empty" if given[0] == "choice" else "a text, not empty")
 
 
 class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_unknown_fields=True):
@@ -111,14 +112,14 @@ class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_u
         _check_scalars(self)
         stop = self.stop
         if not isinstance(stop, list) or len(stop) > MAX_STOP_STRINGS or not all(_is_stop(text) for text in stop):
-            raise _invalid("stop", stop, f"a list of at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+            raise invalid("stop", stop, f"a list of at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
         ids = self.stop_token_ids
         if not isinstance(ids, list) or len(ids) > 1024 or not all(type(i) is int and 0 <= i < 2**32 for i in ids):
-            raise _invalid("stop_token_ids", ids, "a list of at most 1024 token ids (0 to 2**32 - 1)")
+            raise invalid("stop_token_ids", ids, "a list of at most 1024 token ids (0 to 2**32 - 1)")
         if self.guided is not None and not isinstance(self.guided, Guided):
-            raise _invalid("guided", self.guided, "a Guided")
+            raise invalid("guided", self.guided, "a Guided")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+            raise invalid("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
 
     def changed(self) -> list[str]:
         """Names of the parameters that are not at their default: what a backend must honour or refuse."""
@@ -144,15 +145,22 @@ def build(kind: type[P], base: P | None, changes: Mapping[str, Any]) -> P:
     """`base` (or the defaults) with `changes`. A name that is no parameter is an InvalidParameter that lists those there are."""
     for name in changes:
         if name not in kind.__struct_fields__:
-            raise InvalidParameter(
-                f"{name!r} is not a parameter; known: {', '.join(kind.__struct_fields__)}",
-                data={"parameter": name, "known": list(kind.__struct_fields__)},
-            )
+            raise unknown(name, "a parameter", kind.__struct_fields__)
+    if base is not None and not isinstance(base, kind):
+        raise invalid("params", base, f"{'an' if kind is EmbedParams else 'a'} {kind.__name__}")
     if "stop" in changes and isinstance(changes["stop"], str):
         changes = {**changes, "stop": [changes["stop"]]}
     if base is None:
         return kind(**changes)
     return msgspec.structs.replace(base, **changes) if changes else base
+
+
+def unknown(name: str, what: str, known: Iterable[str]) -> InvalidParameter:
+    """The error for a name that is not one of `known`, with the one that was meant, most likely."""
+    known = list(known)
+    near = get_close_matches(name, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return InvalidParameter(f"{name!r} is not {what}{hint}; known: {', '.join(known)}", data={"parameter": name, "known": known})
 
 
 def _check_scalars(params: SamplingParams | EmbedParams) -> None:
@@ -165,16 +173,17 @@ def _check_scalars(params: SamplingParams | EmbedParams) -> None:
         if allowed is not None:
             numeric = type(value) is int or (allowed.kind is float and type(value) is float)
             if not (numeric and allowed.low <= value <= allowed.high):
-                raise _invalid(name, value, allowed.text)
+                raise invalid(name, value, allowed.text)
         elif name in _FLAGS and type(value) is not bool:
-            raise _invalid(name, value, "true or false")
+            raise invalid(name, value, "true or false")
 
 
 def _is_stop(text: object) -> bool:
     return isinstance(text, str) and 1 <= len(text) <= MAX_STOP_CHARACTERS
 
 
-def _invalid(name: str, value: object, expected: str) -> InvalidParameter:
+def invalid(name: str, value: object, expected: str) -> InvalidParameter:
+    """The error for a value that a parameter cannot have; `expected` says what it can be."""
     shown = repr(value)
     if len(shown) > 100:
         shown = shown[:97] + "..."

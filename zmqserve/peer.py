@@ -256,7 +256,8 @@ class Peer:
             self.forget()
 
     def _unreachable(self) -> ControllerUnreachable:
-        message = f"no controller answered at {self.where} within {self._connect_timeout_s:g} s; is one running (zmqserve controller)?"
+        hint = "is one running (zmqserve controller), and is this its side for clients?"
+        message = f"no controller answered at {self.where} within {self._connect_timeout_s:g} s; {hint}"
         return ControllerUnreachable(message, data={"endpoints": list(self.endpoints)})
 
     def _lose(self, now: float, error: Failure) -> None:

@@ -15,13 +15,13 @@ import zmq
 from .answering import Answering, completed
 from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
 from .call import Call
+from .draining import Draining
 from .driven import Driven
 from .errors import ZmqserveError
 from .forks import OneProcess
-from .messages import Cancel, ControllerStatus, ModelCard
-from .requests import Prompt, Turn
+from .messages import Cancel, ControllerStatus, ModelCard, Timings, Usage
+from .requests import Prompt, Turn, check_switch
 from .results import Completion, ServedModel, StreamChunk, array_of, served
-from .session import Draining
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -92,6 +92,16 @@ class Pending(OneProcess, Generic[T]):
     def done(self) -> bool:
         """Whether there is a `result`."""
         return self._open.end is not None
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens, of what counts them (`generate`, `chat`, `embed`); None for others, and before the end."""
+        return getattr(self._open.end, "usage", None)
+
+    @property
+    def timings(self) -> Timings | None:
+        """Where the time went, and which worker answered; for those that have `usage`."""
+        return getattr(self._open.end, "timings", None)
 
     def result(self) -> T:
         """The answer. Raises the typed error that ended it, and RuntimeError before its end and after `cancel`."""
@@ -228,22 +238,22 @@ class PolledClient(OneProcess):
 
     # --- the network ---------------------------------------------------------------------------
 
-    def models(self) -> Pending[list[ServedModel]]:
+    def models(self, *, timeout_s: float | None = None) -> Pending[list[ServedModel]]:
         """What is served, and by whom."""
-        return self._pending(self._asking.models(), lambda end: [served(status) for status in end.models])
+        return self._pending(self._asking.models(timeout_s), lambda end: [served(status) for status in end.models])
 
-    def status(self) -> Pending[ControllerStatus]:
+    def status(self, *, timeout_s: float | None = None) -> Pending[ControllerStatus]:
         """The controller's state: its workers, models, queues and counters."""
-        return self._pending(self._asking.status(), _status)
+        return self._pending(self._asking.status(timeout_s), _status)
 
-    def drain_worker(self, worker: str, grace_s: float | None = None) -> Pending[int]:
+    def drain_worker(self, worker: str, grace_s: float | None = None, *, timeout_s: float | None = None) -> Pending[int]:
         """Let a worker finish what it runs, within `grace_s` (None: the controller's setting), and go. Gives how much it still runs."""
-        return self._pending(self._asking.drain_worker(worker, grace_s), lambda end: int(end.running))
+        return self._pending(self._asking.drain_worker(worker, grace_s, timeout_s), lambda end: int(end.running))
 
     # --- how -----------------------------------------------------------------------------------
 
     def _generate(self, ask: Ask, *, stream: bool) -> PolledStream | Pending[Completion]:
-        if not stream:
+        if not check_switch("stream", stream):
             return self._watched(Pending(self, self._driven.open(ask, collect=True), completed))
         return self._watched(PolledStream(self, self._driven.open(ask, collect=False)))
 

@@ -56,8 +56,8 @@ class Pump:
 
     def open(self, now: float, ask: Ask, *, collect: bool) -> Call:
         """Begin a request; see Session.open."""
-        timeout_s, resume, retries = ask.timeout_s, ask.resume, ask.retries
-        return self.session.open(now, ask.request, timeout_s=timeout_s, collect=collect, resume=resume, retries=retries)
+        request, timeout_s, resume, retries, patient = ask
+        return self.session.open(now, request, timeout_s=timeout_s, collect=collect, resume=resume, retries=retries, patient=patient)
 
     def turn(self, call: Awaited | None = None, *, woken: bool = False) -> bool:
         """Read what has arrived, until `call` is ready, and do what is due. `woken`: by the socket, most likely, so that it need not be

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypedDict
 from .errors import InvalidParameter
 from .jobs import checked
 from .messages import MAX_NAME, MAX_RID, ChatMessage, CountTokens, Drain, Embed, Generate, ModelDetails, pack_ids
-from .params import EmbedParams, Guided, SamplingParams, build
+from .params import EmbedParams, Guided, SamplingParams, build, invalid
 
 Turn: TypeAlias = ChatMessage | Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Turn]
@@ -68,11 +68,11 @@ class Routing:
     ) -> None:
         self.deadline_ms = None if timeout_s is None else math.ceil(check_duration("timeout_s", timeout_s) * 1000)
         if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-            raise _invalid("priority", priority, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+            raise invalid("priority", priority, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
         self.priority = priority
         for name, label in (("affinity", affinity), ("trace", trace)):
             if label is not None and not (isinstance(label, str) and len(label) <= MAX_NAME):
-                raise _invalid(name, label, f"a text of at most {MAX_NAME} characters")
+                raise invalid(name, label, f"a text of at most {MAX_NAME} characters")
         self.affinity = affinity
         self.trace = trace
         self.resume = check_switch("resume", resume)
@@ -109,11 +109,11 @@ def generate(model: str, prompt: Prompt, params: SamplingParams | None, sampling
 def embed(model: str, texts: Sequence[str], params: EmbedParams | None, options: Mapping[str, Any], routing: Routing) -> Embed:
     """The request for one vector per text."""
     if isinstance(texts, str | bytes) or not _is_list(texts):
-        raise _invalid("texts", texts, "a list of texts (put a single one into a list)")
+        raise invalid("texts", texts, "a list of texts (put a single one into a list)")
     texts = list(texts)
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise _invalid(f"texts[{position}]", text, "a text")
+            raise invalid(f"texts[{position}]", text, "a text")
     return checked(
         Embed(
             new_rid(),
@@ -132,7 +132,7 @@ def count_tokens(model: str, prompt: str | Sequence[Turn], routing: Routing) -> 
     """The request for the length of a prompt or conversation."""
     text, turns, ids = _split(prompt)
     if ids is not None:
-        raise _invalid("prompt", prompt, "a text or messages; token ids are counted already")
+        raise invalid("prompt", prompt, "a text or messages; token ids are counted already")
     name = check_name("model", model)
     return checked(CountTokens(new_rid(), name, deadline_ms=routing.deadline_ms, prompt=text, messages=turns))
 
@@ -151,35 +151,42 @@ def drain(worker: str, grace_s: float | None) -> Drain:
 def conversation(messages: Sequence[Turn]) -> list[ChatMessage]:
     """Messages as the protocol says them. Keys other than role and content would change the answer, so they are not ignored."""
     if isinstance(messages, str | bytes | Mapping) or not _is_list(messages):
-        raise _invalid("messages", messages, "a list of messages")
+        raise invalid("messages", messages, "a list of messages")
     return [_turn(position, turn) for position, turn in enumerate(messages)]
 
 
 def check_name(what: str, name: object) -> str:
     """`name`, if it can be a model's or worker's; InvalidParameter otherwise."""
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
-        raise _invalid(what, name, f"a name of 1 to {MAX_NAME} characters")
+        raise invalid(what, name, f"a name of 1 to {MAX_NAME} characters")
     return name
 
 
 def check_duration(what: str, seconds: object) -> float:
     """`seconds`, if it is a time above zero that the protocol can say; InvalidParameter otherwise."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_DEADLINE_MS / 1000:
-        raise _invalid(what, seconds, "a number of seconds above 0")
+        raise invalid(what, seconds, "a number of seconds above 0")
+    return float(seconds)
+
+
+def check_wait(what: str, seconds: object) -> float:
+    """`seconds`, if it is a time that somebody may wait, from zero; InvalidParameter otherwise."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DEADLINE_MS / 1000:
+        raise invalid(what, seconds, "a number of seconds from 0")
     return float(seconds)
 
 
 def check_switch(what: str, value: object) -> bool:
     """`value`, if it is true or false; InvalidParameter otherwise."""
     if not isinstance(value, bool):
-        raise _invalid(what, value, "True or False")
+        raise invalid(what, value, "True or False")
     return value
 
 
 def check_count(what: str, value: object) -> int:
     """`value`, if it is a number of times; InvalidParameter otherwise."""
     if type(value) is not int or value < 0:
-        raise _invalid(what, value, "an integer from 0")
+        raise invalid(what, value, "an integer from 0")
     return value
 
 
@@ -188,7 +195,7 @@ def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes 
     if isinstance(prompt, str):
         return prompt, None, None
     if isinstance(prompt, bytes) or not _is_list(prompt):
-        raise _invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
+        raise invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise InvalidParameter("prompt is empty: there is nothing to answer", data={"parameter": "prompt"})
     if isinstance(prompt[0], ChatMessage | Mapping):
@@ -196,7 +203,7 @@ def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes 
     try:
         return None, None, pack_ids(prompt)  # type: ignore[arg-type]
     except (TypeError, OverflowError):
-        raise _invalid("prompt", prompt, "a text, a list of messages, or a list of token ids from 0 to 2**32 - 1") from None
+        raise invalid("prompt", prompt, "a text, a list of messages, or a list of token ids from 0 to 2**32 - 1") from None
 
 
 def _is_list(value: object) -> bool:
@@ -208,18 +215,11 @@ def _turn(position: int, turn: object) -> ChatMessage:
     where = f"messages[{position}]"
     if isinstance(turn, Mapping):
         if set(turn) != {"role", "content"}:
-            raise _invalid(where, dict(turn), "a mapping of role and content, and nothing else")
+            raise invalid(where, dict(turn), "a mapping of role and content, and nothing else")
         turn = ChatMessage(turn["role"], turn["content"])
     if not isinstance(turn, ChatMessage):
-        raise _invalid(where, turn, "a ChatMessage or a mapping of role and content")
+        raise invalid(where, turn, "a ChatMessage or a mapping of role and content")
     check_name(f"{where}.role", turn.role)
     if not isinstance(turn.content, str):
-        raise _invalid(f"{where}.content", turn.content, "a text")
+        raise invalid(f"{where}.content", turn.content, "a text")
     return turn
-
-
-def _invalid(name: str, value: object, expected: str) -> InvalidParameter:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:97] + "..."
-    return InvalidParameter(f"{name} must be {expected}, got {shown}", data={"parameter": name, "value": shown})

@@ -7,13 +7,14 @@ The owner calls everything here under one lock, and `tick` and `on_disconnected`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 import msgspec
 
 from .call import ANSWERS, Call, ClientRequest, gap
+from .draining import Draining
 from .errors import ConnectionFailed, DeadlineExceeded, MalformedMessage, ZmqserveError, from_wire
 from .failover import Failover
 from .liveness import Agenda
@@ -37,6 +38,7 @@ from .messages import (
 )
 from .outgoing import encoded
 from .peer import State, Wire
+from .requests import check_wait
 
 DEADLINE_GRACE_S = 1.0
 """How long after a request's deadline its end may still come. The controller enforces deadlines; this is for one that does not."""
@@ -121,16 +123,18 @@ class Session:
         collect: bool = False,
         resume: bool = True,
         retries: int = 0,
+        patient: bool = False,
     ) -> Call:
         """Send a request, now or as soon as the controller is there. `collect`: no chunks, only the whole.
 
         `resume`: an answer that has begun goes on elsewhere when it loses its worker or controller. `retries`: how often the request
-        is sent again when, before its first chunk, it ends with an error that may pass.
+        is sent again when, before its first chunk, it ends with an error that may pass. `patient`: when a controller that was there is
+        not, it looks for one for `failover_s`, as one that was sent does.
         Raises InvalidParameter when the message cannot be sent at all, and ConnectionFailed after `drain`.
         """
         if self._drainings:
             raise closed()
-        call = Call(request, encoded(request), collect=collect, resume=resume, retries=retries)
+        call = Call(request, encoded(request), collect=collect, resume=resume, retries=retries, patient=patient)
         call.deadline_s = deadline_s = None if timeout_s is None else now + timeout_s
         try:
             self._failover.begin(now, call)
@@ -146,25 +150,27 @@ class Session:
         self._failover.drop(call, Cancel(call.rid))
 
     def drain(self, now: float, timeout_s: float | None) -> Draining:
-        """Take no new requests; those that are open may end by themselves, within `timeout_s` (None: however long that takes)."""
+        """Take no new requests; those that are open may end by themselves, within `timeout_s` (None: however long that takes).
+
+        Raises InvalidParameter for a `timeout_s` that is no time.
+        """
+        if timeout_s is not None:
+            timeout_s = check_wait("timeout_s", timeout_s)
         draining = Draining(self.calls)
         self._drainings.append(draining)
         self._failover.on_idle = self._on_idle
         if timeout_s is not None:
-            self._agenda.at(now + timeout_s, lambda _now: self._cut_short())
+            self._agenda.at(now + timeout_s, lambda _now: self.close())
         return draining
 
     def _on_idle(self) -> None:
         for draining in self._drainings:
             draining.wake()
 
-    def _cut_short(self) -> None:
-        for draining in self._drainings:
-            draining.whole = draining.whole and draining.ready
-        self.close()
-
     def close(self) -> None:
         """Give up all requests. Their readers get an error, since they did not ask for it."""
+        for draining in self._drainings:
+            draining.whole = draining.whole and draining.ready
         for call in list(self.calls.values()):
             self._failover.drop(call, closed())
         self._failover.clear()
@@ -316,31 +322,6 @@ class Session:
     def _overdue(self, call: Call, timeout_s: float) -> None:
         message = f"no end came within the deadline of {timeout_s:g} s"
         self._failover.drop(call, DeadlineExceeded(message, data={"timeout_s": timeout_s}))
-
-
-class Draining:
-    """The wait until nothing is open any more. `whole`: whether all ended by themselves."""
-
-    sent = True
-
-    def __init__(self, calls: Sized) -> None:
-        self.whole = True
-        self.waiter: Callable[[], object] | None = None
-        self._calls = calls
-
-    def __repr__(self) -> str:
-        return f"Draining({len(self._calls)} open)"
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is over."""
-        return not self._calls
-
-    def wake(self) -> None:
-        """Call the waiter, once."""
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None:
-            waiter()
 
 
 def inherited() -> ZmqserveError:

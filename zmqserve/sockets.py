@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import zmq
 
-from .errors import BindFailed, InvalidEndpoint
+from .errors import BindFailed, InvalidEndpoint, InvalidParameter
 
 MAX_IPC_PATH = 107
 """Bytes of a unix socket's path (sockaddr_un), less the closing zero."""
@@ -74,6 +74,17 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     return endpoint
 
 
+def plain(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Context[zmq.Socket[bytes]]:
+    """A caller's context, as one whose sockets do at once what they are told; InvalidParameter if it is none, or closed.
+
+    Those of zmq.asyncio and zmq.green return futures, or switch to another greenlet. What they wrap is the same.
+    """
+    if not isinstance(context, zmq.Context) or context.closed:
+        what = "closed" if isinstance(context, zmq.Context) else f"got {context!r:.100}"
+        raise InvalidParameter(f"context must be a zmq.Context that is open, {what}", data={"parameter": "context"})
+    return context if type(context) is zmq.Context else zmq.Context(context)
+
+
 class Binding:
     """One bound endpoint. `endpoint` is the real one: a chosen port is filled in."""
 
@@ -88,7 +99,7 @@ class Binding:
             socket.bind(wanted)
         except zmq.ZMQError as error:
             self.release()
-            raise BindFailed(endpoint, error.strerror or str(error), error.errno) from None
+            raise BindFailed(endpoint, zmq.strerror(error.errno) if error.errno else str(error), error.errno) from None
         last = socket.getsockopt(zmq.LAST_ENDPOINT)
         self.endpoint = last.rstrip(b"\0").decode() if wanted.startswith("tcp://") and isinstance(last, bytes) else endpoint
         if wanted.startswith("ipc://"):

@@ -19,6 +19,7 @@ from .logs import Logger
 from .messages import ControllerHead, Load, ModelCard, Peek, Ready, RequestHeader
 
 log = Logger("zmqserve.worker")
+NEVER_HEARD = "trying on; is one running (zmqserve controller), and is this its side for workers?"
 SLOT_TAGS = (2, 3)
 """Generate and Embed take a slot; what else is asked is quick."""
 
@@ -208,7 +209,8 @@ class Workload:
         refusal = link.refusal
         if link.silent:
             if self.state != "draining" and not self.ending:
-                note.warning("controller silent")
+                # One that has never answered may be the wrong endpoint.
+                note.warning("controller silent", **({} if link.controller else {"hint": NEVER_HEARD}))
         elif link.state == "registered":
             note.info("registered", state=self.state)
             if self.state == "ready" and link.known:
