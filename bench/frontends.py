@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
+
+from .result import machine
 
 PATIENCE_S = 600.0
 ARMS = ("offline", "async_llm", "zmqserve", "server_1", "server_2", "server_4")
@@ -174,9 +175,4 @@ def _machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        gpu = ""
-    return {"python": sys.version.split()[0], "cores": os.cpu_count(), "gpu": gpu, "versions": versions}
+    return {**machine(), "versions": versions}

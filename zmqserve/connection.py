@@ -39,8 +39,6 @@ GREETING_NAP_S = 0.02
 """The sleep of a keeper that looks for a controller alone: for streams that nobody waits for just now."""
 PARK_NAPS = 2
 """After so many of the longest sleeps without a request the keeper sleeps until there is one."""
-CLOSE_LINGER_MS = 100
-"""How long the last Cancels may take to leave when a client with open requests is closed."""
 
 
 class _Seat:
@@ -211,7 +209,7 @@ class Connection:
         with self._mutex:
             if self._pump.closed:
                 return
-            linger_ms = CLOSE_LINGER_MS if self._pump.session.calls else 0
+            linger_ms = self._pump.linger_ms
             self._pump.session.close()
             context = self._shut(linger_ms)
         self._keeper.join()

@@ -20,9 +20,6 @@ from .pump import Pump
 from .session import closed
 from .sockets import plain
 
-CLOSE_LINGER_MS = 100
-"""How long the last Cancels may take to leave when a client with open requests is closed."""
-
 
 class Driven:
     """A session on a DEALER. Whoever owns it calls `process` when `fileno` is readable and when `wait_s` has passed.
@@ -111,7 +108,7 @@ class Driven:
         """Cancel what is open and close the socket. Returns the context to be ended, if it was made here: that may take a moment."""
         if self.pump.closed:
             return None
-        linger_ms = CLOSE_LINGER_MS if self.pump.session.calls else 0
+        linger_ms = self.pump.linger_ms
         self.pump.session.close()
         return self._shut(linger_ms)
 

@@ -17,6 +17,8 @@ from .sockets import SocketLimits
 
 TURN_MESSAGES = 256
 """How many messages are read at most before others get their turn."""
+CLOSE_LINGER_MS = 100
+"""How long the last Cancels may take to leave when a client with open requests is closed."""
 
 
 class Awaited(Protocol):
@@ -97,6 +99,11 @@ class Pump:
         """In a forked child: let go of what is the parent's, without a word to anybody."""
         self.session.disinherit()
         self.closed = True
+
+    @property
+    def linger_ms(self) -> int:
+        """What `shut` is to be given when it is asked for: Cancels of what is open should still leave."""
+        return CLOSE_LINGER_MS if self.session.calls else 0
 
     def shut(self, linger_ms: int) -> zmq.Context[zmq.Socket[bytes]] | None:
         """Close the socket; see Line.close for what it returns. The session is to be closed before."""
