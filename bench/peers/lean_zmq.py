@@ -13,7 +13,7 @@ from bench import lean
 from zmqserve import messages as m
 from zmqserve.sockets import raw_calls
 
-from .loads import MODEL, ONE, Delays, Scale, Tally, Work, asked, begun, chunk, done, send_steps, streamed
+from .loads import MODEL, ONE, PayloadReader, Scale, Work, asked, begun, chunk, done, send_steps
 from .running import Running, free_port
 
 SNDMORE = int(zmq.SNDMORE)
@@ -104,7 +104,7 @@ def _register(socket: zmq.Socket[bytes]) -> int:
     return welcome.epoch
 
 
-class Consumer:
+class Consumer(PayloadReader):
     """Counts what comes, and decodes it when that is asked."""
 
     def __init__(self, endpoint: str) -> None:
@@ -116,20 +116,6 @@ class Consumer:
         self._recv: Any
         self._recv, self._send = raw_calls(socket)
         self._socket = socket
-
-    def tokens(self, scale: Scale, step: bool, decode: bool) -> tuple[int, float]:
-        """Tokens, and seconds from the generator's first send to the last end."""
-        work = streamed(scale, step)
-        tally = Tally(work, decode)
-        self._read(work, tally.take)
-        return tally.result()
-
-    def paced(self, scale: Scale, step: bool) -> list[float]:
-        """Seconds from send to hand of each token after the first of its stream."""
-        work = streamed(scale, step, paced=True)
-        delays = Delays(work)
-        self._read(work, delays.take)
-        return delays.result()
 
     def requests(self, scale: Scale) -> tuple[int, float]:
         """Answers of one chunk, and seconds: a new request for each answer, until the time is over."""

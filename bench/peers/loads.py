@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -173,3 +174,25 @@ class Delays:
         """Seconds from send to hand of each token after the first of its stream."""
         decoded = m.decoder(m.ToClient).decode
         return [now - float(each.text) for now, data in self._came for each in chunks_of(decoded(data)) if each.seq]
+
+
+class PayloadReader(ABC):
+    """A consumer to which everything comes as payloads."""
+
+    def tokens(self, scale: Scale, step: bool, decode: bool) -> tuple[int, float]:
+        """Tokens, and seconds from the generator's first send to the last end."""
+        work = streamed(scale, step)
+        tally = Tally(work, decode)
+        self._read(work, tally.take)
+        return tally.result()
+
+    def paced(self, scale: Scale, step: bool) -> list[float]:
+        """Seconds from send to hand of each token after the first of its stream."""
+        work = streamed(scale, step, paced=True)
+        delays = Delays(work)
+        self._read(work, delays.take)
+        return delays.result()
+
+    @abstractmethod
+    def _read(self, work: Work, take: Callable[[bytes], bool]) -> None:
+        """Ask for `work` and give each payload to `take`, until it says that this was the last one."""

@@ -12,7 +12,7 @@ from typing import Any
 from zmqserve import messages as m
 
 from . import nats_server
-from .loads import ONE, Delays, Scale, Tally, Work, asked, begun, chunk, done, payloads, stamp, streamed
+from .loads import ONE, PayloadReader, Scale, Work, asked, begun, chunk, done, payloads, stamp
 from .nats_server import INBOX, WORK, start_server
 from .running import Running
 
@@ -77,26 +77,12 @@ async def _generate(ready: Connection, port: int) -> None:
     await asyncio.Event().wait()
 
 
-class Consumer:
+class Consumer(PayloadReader):
     """Counts what comes, and decodes it when that is asked, in the callback of a subscription."""
 
     def __init__(self, port: int) -> None:
         self._runner = asyncio.Runner()
         self._connection: Any = self._runner.run(_connected(port))
-
-    def tokens(self, scale: Scale, step: bool, decode: bool) -> tuple[int, float]:
-        """Tokens, and seconds from the generator's first send to the last end."""
-        work = streamed(scale, step)
-        tally = Tally(work, decode)
-        self._read(work, tally.take)
-        return tally.result()
-
-    def paced(self, scale: Scale, step: bool) -> list[float]:
-        """Seconds from send to hand of each token after the first of its stream."""
-        work = streamed(scale, step, paced=True)
-        delays = Delays(work)
-        self._read(work, delays.take)
-        return delays.result()
 
     def requests(self, scale: Scale) -> tuple[int, float]:
         """Answers of one chunk, and seconds: a new request for each answer, until the time is over."""
@@ -121,14 +107,14 @@ class Consumer:
         self._runner.run(self._run(ONE, scale.in_flight, take, over))
         return answered - scale.in_flight + 1, ended_s - began_s
 
-    def _read(self, work: Work, message_is_last: Callable[[bytes], bool]) -> None:
+    def _read(self, work: Work, take: Callable[[bytes], bool]) -> None:
         over = asyncio.Event()
 
-        async def take(message: Any) -> None:
-            if message_is_last(message.data):
+        async def receive(message: Any) -> None:
+            if take(message.data):
                 over.set()
 
-        self._runner.run(self._run(work.text, work.streams, take, over))
+        self._runner.run(self._run(work.text, work.streams, receive, over))
 
     async def _run(self, prompt: str, requests: int, take: Callable[[Any], Awaitable[None]], over: asyncio.Event) -> None:
         """Ask, and let `take` have all that comes until it is over."""

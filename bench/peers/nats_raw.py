@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 from zmqserve import messages as m
 
-from .loads import ONE, Delays, Scale, Tally, Work, asked, begun, chunk, done, send_steps, streamed
+from .loads import ONE, PayloadReader, Scale, Work, asked, begun, chunk, done, send_steps
 from .nats_server import INBOX, WORK, start_server
 from .running import Running
 
@@ -89,25 +89,11 @@ def generator(ready: Connection, port: int) -> None:
         wire.publish(inbox, ended)
 
 
-class Consumer:
+class Consumer(PayloadReader):
     """Counts what comes, and decodes it when that is asked."""
 
     def __init__(self, port: int) -> None:
         self._wire = Wire(port, INBOX.encode())
-
-    def tokens(self, scale: Scale, step: bool, decode: bool) -> tuple[int, float]:
-        """Tokens, and seconds from the generator's first send to the last end."""
-        work = streamed(scale, step)
-        tally = Tally(work, decode)
-        self._read(work, tally.take)
-        return tally.result()
-
-    def paced(self, scale: Scale, step: bool) -> list[float]:
-        """Seconds from send to hand of each token after the first of its stream."""
-        work = streamed(scale, step, paced=True)
-        delays = Delays(work)
-        self._read(work, delays.take)
-        return delays.result()
 
     def requests(self, scale: Scale) -> tuple[int, float]:
         """Answers of one chunk, and seconds: a new request for each answer, until the time is over."""
