@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from types import TracebackType
 from typing import IO, Self
+
+from .ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 """Where `bench` can be imported from."""
 POISONED = 70
 """Exit code of an echo worker that met the word !die."""
-PORTS = (10_000, 30_000)
-"""Below the range from which systems take the ports of outgoing connections: a restarted controller must get its own again, and a
-peer that connects to a port where nobody listens could be given that very one, and meet itself."""
 
 
 class Child:
@@ -171,22 +168,6 @@ class Network:
         """What processes had to say: warnings and worse, by name. Empty ones are left out."""
         texts = {path.stem: path.read_text(errors="replace") for path in sorted(self._folder.glob("*.log"))}
         return {name: text for name, text in texts.items() if text}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has, outside the range of outgoing connections."""
-    free: list[int] = []
-    random = Random()  # no seed: two runs at a time must not want the same ones
-    while len(free) < count:
-        port = random.randrange(*PORTS)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        if port not in free:
-            free.append(port)
-    return free
 
 
 def _close(pipe: IO[bytes] | None) -> None:

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from .frontends import PATIENCE_S
+from .ports import free_port
 
 IDS = range(100, 30_000)
 """Ids of the prompts: any model has these."""
@@ -192,8 +192,7 @@ def _zmqserve(model: str, arguments: dict[str, str]) -> Iterator[str]:
 
 @contextmanager
 def _openai_server(model: str, arguments: dict[str, str], processes: str) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     options: list[str] = []
     for name, value in arguments.items():
         option = f"--{name.replace('_', '-')}"

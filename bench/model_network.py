@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from zmqserve import Client
+
+from .ports import free_ports
 
 PATIENCE_S = 300.0
 LOOK_S = 0.05
@@ -23,7 +24,7 @@ def model_network(model: str, *options: str, backend: str = "transformers", tcp:
     with tempfile.TemporaryDirectory(prefix="zmqserve-bench-") as folder, Path(folder, "log").open("wb+") as log:
         clients, workers = f"ipc://{folder}/clients", f"ipc://{folder}/workers"
         if tcp:
-            clients, workers = (f"tcp://127.0.0.1:{port}" for port in _free_ports(2))
+            clients, workers = (f"tcp://127.0.0.1:{port}" for port in free_ports(2))
         commands = (
             ("controller", "--clients", clients, "--workers", workers),
             ("worker", backend, "--model", model, "--controller", workers, *options),
@@ -41,11 +42,3 @@ def model_network(model: str, *options: str, backend: str = "transformers", tcp:
             for process in reversed(processes):
                 process.terminate()
                 process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from bench.ports import free_port
+
+ANY = "tcp://127.0.0.1:*"
 PATIENCE_S = 20.0
 """What anything may take on a busy machine before a test gives up on it."""
 CAME = ("worker came", "worker changed")
@@ -83,9 +86,11 @@ class Served:
 
 
 class ServedController(Served):
-    """A controller process on ports that the system chose, or on given endpoints."""
+    """A controller process on free ports, or on given endpoints."""
 
-    def __init__(self, clients: str = "tcp://127.0.0.1:*", workers: str = "tcp://127.0.0.1:*", *arguments: str) -> None:
+    def __init__(self, clients: str = ANY, workers: str = ANY, *arguments: str) -> None:
+        # Not chosen by the system: a test that starts it again on the same ports would at times find a retrying peer there.
+        clients, workers = (f"tcp://127.0.0.1:{free_port()}" if end == ANY else end for end in (clients, workers))
         super().__init__("controller", "--clients", clients, "--workers", workers, *arguments)
         try:
             up = self.wait_for("controller up")

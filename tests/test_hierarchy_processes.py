@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
+from bench.ports import free_port
 from zmqserve import Client, Controller, DeadlineExceeded, WorkerLost
 from zmqserve.errors import InvalidEndpoint, InvalidParameter
 
@@ -188,9 +188,7 @@ def test_two_parents_share_a_child_without_overbooking_it(tree: Tree) -> None:
 
 
 def test_two_controllers_that_name_each_other_are_told_and_serve_on(tree: Tree) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        end = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    end = f"tcp://127.0.0.1:{free_port()}"
     one = tree.controller("one", above=(end,))
     two = tree.controller("two", workers=end, above=(one.workers,))
     tree.worker("echo", "two", "--slots", "2")

@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 
+from bench.ports import free_port
+
 from .http_client import Connection, HttpClient, checked
 from .loads import BATCH, FLOATS, TEXT, Work, stamp
-from .running import Running, free_port, listens, until
+from .running import Running, listens, until
 
 EMBEDDINGS = "/v1/embeddings"
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import msgspec
 
+from bench.ports import free_port
+
 from .http_client import Connection, HttpClient, checked
 from .loads import BATCH, MODEL, TEXT, Work
-from .running import Running, free_port, listens, said_by, until
+from .running import Running, listens, said_by, until
 
 
 def absent(python: str | None) -> str | None:

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench.ports import free_port
 from zmqserve import messages as m
 
 from .loads import ONE, Scale, Work, asked, chunk, stamp, streamed
-from .running import Running, free_port
+from .running import Running
 
 METHODS = ("Stream", "One")
 

@@ -10,11 +10,12 @@ from typing import Any
 import zmq
 
 from bench import lean
+from bench.ports import free_port
 from zmqserve import messages as m
 from zmqserve.sockets import raw_calls
 
 from .loads import MODEL, ONE, PayloadReader, Scale, Work, asked, begun, chunk, done, send_steps
-from .running import Running, free_port
+from .running import Running
 
 SNDMORE = int(zmq.SNDMORE)
 Asker = bytes | int

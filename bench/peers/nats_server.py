@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 
-from .running import Running, free_port, listens, until
+from bench.ports import free_port
+
+from .running import Running, listens, until
 
 WORK, INBOX = "work", "inbox"
 

@@ -125,13 +125,6 @@ def said_by(python: str, program: str) -> str | None:
     return ended.stdout.strip() if ended.returncode == 0 else None
 
 
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
-
-
 def listens(port: int) -> bool:
     """Whether somebody accepts connections there."""
     try:

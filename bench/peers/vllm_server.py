@@ -14,9 +14,11 @@ from typing import Any
 
 import msgspec
 
+from bench.ports import free_port
+
 from .http_client import HttpClient
 from .loads import MODEL, Scale, Work, streamed
-from .running import Running, free_port, listens, said_by, until
+from .running import Running, listens, said_by, until
 
 MOST_TOKENS = 128
 """Of one stream: it is slow beside the others."""

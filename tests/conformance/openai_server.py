@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.ports import free_port
 from tests.processes import eventually
 
 START_S = 240.0
@@ -24,10 +24,8 @@ END_S = 20.0
 @contextmanager
 def openai_server(directory: str, name: str, *arguments: str, environment: Mapping[str, str]) -> Iterator[str]:
     """Serve the model in `directory` under `name`; gives the URL to ask. Its output is shown if it ends before its time."""
-    with socket.socket() as free, tempfile.NamedTemporaryFile(suffix=".log") as output:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-        free.close()
+    with tempfile.NamedTemporaryFile(suffix=".log") as output:
+        port = str(free_port())
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--served-model-name", name]
         command += ["--host", "127.0.0.1", "--port", port, *arguments]
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
