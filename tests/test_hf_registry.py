@@ -23,7 +23,7 @@ from .processes import Served, ServedController, zmqserve
 
 pytest.importorskip("huggingface_hub")
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "backends.md"
 TOML = """
 [[models]]
 name = "big"
@@ -63,8 +63,8 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
     assert (vectors.upstream_name, vectors.provider, vectors.slots) == ("vectors", "hf-inference", 8)
 
 
-def test_the_readmes_registry_is_one(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_registry_of_the_docs_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
     llama, vectors = read_registry(write(tmp_path, block, "models.toml"))
     assert (llama.aliases, llama.dialect, vectors.api) == (["big"], "vllm", "feature_extraction")
 

@@ -1,4 +1,4 @@
-"""README's code runs as it stands there; only the endpoints are those of the test's network."""
+"""The code of README and docs/pipelines.md runs as it stands there; only the endpoints are those of the test's network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import zmq
 
 from .processes import PATIENCE_S, ServedController, network
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "pipelines.md")
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 RAW = next(block for block in BLOCKS if "zmq.REQ)" in block)
 STREAMED = next(block for block in BLOCKS if "zmq.DEALER" in block)
 

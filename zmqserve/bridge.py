@@ -34,7 +34,7 @@ CRASH_LINGER_MS = 1000
 
 
 class Bridge:
-    """Takes jobs from a pipeline, has them answered, and hands the results on: one msgpack or JSON map each, as README.md says.
+    """Takes jobs from a pipeline, has them answered, and hands the results on: one msgpack or JSON map each, as docs/pipelines.md says.
 
     controllers: as a client's endpoints. pull, push: one endpoint or several, connected, or bound with `bind_pull` and `bind_push`.
     model: of jobs that name none. concurrency: jobs asked at once. window: jobs taken whose results libzmq has not taken; beyond it no job

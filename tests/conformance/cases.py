@@ -1,6 +1,6 @@
 """How a case of the suite is declared: what it needs of a backend, and which parameters it shows to be honoured.
 
-Declarations decide which backends run a case, what `test_ignored.py` takes away from it, and what the table in the README says.
+Declarations decide which backends run a case, what `test_ignored.py` takes away from it, and what the table in docs/backends.md says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of backends and cases in the README: ``python -m tests.conformance.table`` writes it, from what the tests declare."""
+"""The table of backends and cases in docs/backends.md: ``python -m tests.conformance.table`` writes it, from what the tests declare."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from .cases import LACKING, YES, all_cases
 from .subjects import SUBJECTS
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "backends.md"
 BEGIN = "<!-- conformance: written by `python -m tests.conformance.table` -->"
 END = "<!-- end of conformance -->"
 
@@ -31,18 +31,18 @@ def rows() -> Iterator[str]:
     yield from (f"{number}. {why}" for why, number in reasons.items())
 
 
-def written(readme: str) -> str:
-    """The README with the present table between its two markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def written(page: str) -> str:
+    """The page with the present table between its two markers."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"the README lacks the line {END if begin else BEGIN}")
+        raise ValueError(f"the page lacks the line {END if begin else BEGIN}")
     return "\n".join([before + begin, "", *rows(), "", end + after])
 
 
 def main() -> None:
     """Write it."""
-    README.write_text(written(README.read_text()))
+    PAGE.write_text(written(PAGE.read_text()))
 
 
 if __name__ == "__main__":
