@@ -27,8 +27,8 @@ test:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest -m parallel -n 2
-	.venv/bin/pytest -m 'not parallel'
+	.venv/bin/pytest -m busy -n 2
+	.venv/bin/pytest -m 'not busy' -n 2
 
 # vLLM has an environment of its own: it pins PyTorch and much else.
 test-vllm:

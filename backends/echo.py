@@ -154,6 +154,13 @@ class EchoWorker(BaseModelWorker):
         words = _words(request)
         job.prompt_tokens = len(words)
         length, reason = self._length(request, len(words))
+        if params.n == 1 and request.resume is None and not (params.stop or params.stop_token_ids or params.echo or self.faults):
+            return _plain_steps(words, length, reason)
+        return self._read_steps(request, words, length, reason)
+
+    def _read_steps(self, request: Generate, words: list[str], length: int, reason: str) -> Iterator[Sequence[Delta]]:
+        """Each choice's tokens are read one by one, for what may end it early."""
+        params = request.params
         choices = [_Choice(params, words, length, reason) for _ in range(params.n)]
         prompt = " ".join(words) + " " if params.echo else ""
         late = [prompt] * params.n
@@ -164,12 +171,8 @@ class EchoWorker(BaseModelWorker):
             if finish is not None:
                 yield (Delta(late[0], finish_reason=finish),)
                 return
-        plain = not (params.stop or params.stop_token_ids or self.faults) and len(choices) == 1
         for k in range(made, length):
             word = words[k % len(words)]
-            if plain and made < k < length - 1:
-                yield (Delta(" " + word, (k,)),)
-                continue
             if self.faults and word in _FAULTS:
                 _FAULTS[word]()
             deltas = []
@@ -247,6 +250,17 @@ def _words(request: Generate | CountTokens) -> list[str]:
     if not words:
         raise InvalidParameter("the prompt has no words: there is nothing to echo", data={"parameter": "prompt"})
     return words
+
+
+def _plain_steps(words: list[str], length: int, reason: str) -> Iterator[Sequence[Delta]]:
+    """The deltas of an answer that nothing ends early, one for each token."""
+    last = length - 1
+    if last:
+        yield (Delta(words[0], (0,)),)
+    pieces = [" " + word for word in words]
+    for k in range(1, last):
+        yield (Delta(pieces[k % len(pieces)], (k,)),)
+    yield (Delta(pieces[last % len(pieces)] if last else words[0], (last,), 0, None, reason),)
 
 
 class _Choice:

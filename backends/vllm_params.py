@@ -24,8 +24,9 @@ def sampling(params: SamplingParams, max_tokens: int, *, index: int = 0, receive
     vLLM neither makes text nor looks for stop strings: the worker reads ids as the other backends do, and as a resumed answer must.
     Raises InvalidParameter for what vLLM refuses.
     """
-    from vllm import SamplingParams as VllmParams
+    # Not from vllm itself, which looks for its names anew each time.
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import SamplingParams as VllmParams
 
     guided = params.guided
     if guided is not None:
@@ -52,6 +53,7 @@ def sampling(params: SamplingParams, max_tokens: int, *, index: int = 0, receive
             structured_outputs=structured,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            skip_clone=True,  # they are this request's alone: vLLM need not copy all that is in them
         )
     except Exception as error:
         raise refused(error, guided) from error

@@ -1,7 +1,8 @@
 """VLLMWorker: a model that vLLM runs, through its AsyncLLM engine.
 
-A request's way: its prompt becomes ids on a thread of its own, the engine (a process beside this one) makes tokens for all
-requests in its own batches, and EngineOutputs reads and emits what each step made. vLLM is imported by `load`, which says so if it
+A request's way: its prompt becomes ids on a thread of its own, together with those of others that have come (vllm_admission.py), the
+engine (a process beside this one) makes tokens for all requests in its own batches, and EngineOutputs reads and emits what each step
+made. vLLM is imported by `load`, which says so if it
 is missing.
 """
 
@@ -13,6 +14,7 @@ import os
 from collections.abc import Collection, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -32,6 +34,7 @@ from .named_models import path_of
 from .prompts import echo_of, known_ids, room
 from .reader import Reader
 from .vllm_adapters import adapters_of, allowed_rank
+from .vllm_admission import Admission
 from .vllm_embedding import check_length, embed
 from .vllm_fingerprint import directory_of, fingerprint
 from .vllm_outputs import Choice, EngineOutputs
@@ -95,7 +98,7 @@ class VLLMWorker(BaseModelWorker):
         self._loaded_parts: Loaded | None = None
         self._watch: vllm_engine.EngineWatch | None = None
         self._embedding = 0
-        self._opening: set[asyncio.Task[None]] = set()
+        self._admission: Admission[Asked] | None = None
 
     @classmethod
     def add_arguments(cls, parser: argparse._ArgumentGroup) -> None:
@@ -136,6 +139,7 @@ class VLLMWorker(BaseModelWorker):
         settings = engine.model_config
         self.slots = self.config.slots or engine.vllm_config.scheduler_config.max_num_seqs
         self._loaded_parts = loaded
+        self._admission = Admission(loaded.tokenizing, partial(_prepare, loaded), partial(self._open, loaded))
         self._watch = vllm_engine.EngineWatch(engine, self._fail, self.name)
         log.info("loaded", model=self.model_name, vllm=version, dtype=str(settings.dtype), runner=settings.runner_type, slots=self.slots)
         return cards
@@ -202,9 +206,8 @@ class VLLMWorker(BaseModelWorker):
     def begin(self, job: Job) -> None:
         loaded = self._parts()
         self._rouse(loaded)
-        task = asyncio.get_running_loop().create_task(self._open(loaded, job))
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+        if self._admission is not None:
+            self._admission.add(job)
 
     def abandon(self, job: Job) -> None:
         self._parts().outputs.abandon(job)
@@ -228,10 +231,11 @@ class VLLMWorker(BaseModelWorker):
         loaded = self._parts()
         return len(await asyncio.get_running_loop().run_in_executor(loaded.tokenizing, loaded.vocabulary.encode, request))
 
-    async def _open(self, loaded: Loaded, job: Job) -> None:
+    async def _open(self, loaded: Loaded, job: Job, asked: Asked | Exception) -> None:
         """Hand a request to the engine. Its answer needs no task."""
         try:
-            asked = await asyncio.get_running_loop().run_in_executor(loaded.tokenizing, _prepare, loaded, job)
+            if isinstance(asked, Exception):
+                raise asked
             if asked.complete is not None:
                 job.emit(Delta(asked.choices[0].late, finish_reason=asked.complete))
                 job.finish()

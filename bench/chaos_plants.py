@@ -8,7 +8,7 @@ from typing import Any
 
 import zmq
 
-from zmqserve import relay
+from zmqserve import port as ports
 from zmqserve.backends.echo import EchoWorker
 from zmqserve.registry import Registry
 
@@ -26,10 +26,10 @@ def plant(name: str) -> None:
 
 def _messages(copies: int) -> None:
     """The controller sends one of EVERY_MESSAGE messages of chunks so many times."""
-    whole = relay.Port.__init__
+    whole = ports.Port.__init__
     turns = count(1)
 
-    def broken(port: relay.Port, *args: Any, **settings: Any) -> None:
+    def broken(port: ports.Port, *args: Any, **settings: Any) -> None:
         whole(port, *args, **settings)
         send, frames = port.send_frame, list[bytes]()
 
@@ -47,7 +47,7 @@ def _messages(copies: int) -> None:
 
         port.send_frame = send_wrong
 
-    relay.Port.__init__ = broken  # type: ignore[method-assign, assignment]
+    ports.Port.__init__ = broken  # type: ignore[method-assign, assignment]
 
 
 def _skip() -> None:

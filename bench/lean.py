@@ -10,12 +10,17 @@ import resource
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TypeAlias
 
 import zmq
 
+from zmqserve import curve
 from zmqserve import messages as m
+from zmqserve.certificate import read_pair, read_public
+from zmqserve.cli import main as cli
 from zmqserve.controller import Controller
+from zmqserve.curve import Curve
 from zmqserve.sockets import Binding
 
 Asker: TypeAlias = int | bytes
@@ -25,10 +30,24 @@ MODEL = "bench"
 _TEXT = "x" * 20
 
 
-def controller(ready: Connection, transport: str, folder: str) -> None:
-    """A controller until the pipe says stop; then its CPU seconds go back."""
-    clients, workers = _endpoints(transport, folder, "controller")
-    served = Controller(clients=[clients], workers=[workers], report=lambda *_a, **_k: None)
+def make_keys(folder: str) -> None:
+    """A controller's folder of keys, and in it the pairs of a client and a worker, which it allows."""
+    cli(["keys", "init", folder])
+    for role in ("client", "worker"):
+        cli(["keys", "new", role, "--dir", folder])
+        cli(["keys", "allow", folder, role, f"{folder}/{role}.key"])
+
+
+def prove(socket: zmq.Socket[bytes], keys: str, role: str) -> None:
+    """Before it connects to a controller with these keys; none without any."""
+    if keys:
+        curve.identify(socket, Curve(read_pair(Path(keys, f"{role}.key_secret")), read_public(Path(keys, f"{role}s-port.key"))))
+
+
+def controller(ready: Connection, transport: str, folder: str, keys: str = "") -> None:
+    """A controller until the pipe says stop; then its CPU seconds go back. `keys`: see make_keys."""
+    clients, workers = _endpoints(transport, folder, "curve" if keys else "controller")
+    served = Controller(clients=[clients], workers=[workers], curve_dir=keys or None, report=lambda *_a, **_k: None)
     served.start()
     ready.send((served.client_endpoints[0], served.worker_endpoints[0]))
     _serve_cpu_seconds(ready)
@@ -74,13 +93,14 @@ def _serve_cpu_seconds(pipe: Connection) -> None:
         pipe.send(used.ru_utime + used.ru_stime)
 
 
-def worker(ready: Connection, endpoint: str, registers: bool, streams: int, tokens: int, step: bool) -> None:
+def worker(ready: Connection, endpoint: str, registers: bool, streams: int, tokens: int, step: bool, keys: str = "") -> None:
     """Answers each request with one message (`tokens` 0), or waits for `streams` requests and streams `tokens` to each.
 
     With `step` the tokens of all streams at one position leave as one message. Runs until it is killed.
     """
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
+    prove(socket, keys, "worker")
     socket.connect(endpoint)
     heads = m.decoder(m.ControllerHead)
     epoch = 0

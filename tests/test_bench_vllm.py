@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,3 +104,19 @@ def test_conversations(tmp_path: Path) -> None:
     assert [(each.prompt, each.prompt_len, each.expected_output_len) for each in theirs] == [
         (each.prompt, each.input_tokens, each.output_tokens) for each in ours
     ]
+
+
+def test_admission(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "admission", "--requests", "6", "--input-len", "8", "--runs", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["benchmark"], result["settings"]["requests"]) == ("admission", 6)
+    assert [json.loads(path.read_text()) for path in tmp_path.iterdir()] == [result]
+    for figures in result["figures"].values():
+        first, last, cpu, passes, begun = (each["median"] for each in figures.values())
+        assert 0 < first <= last < begun
+        assert cpu > 0
+        assert 1 <= passes <= 6
+    assert set(result["figures"]) == {"generate", "worker"}
+    assert set(result["ratios"]) == set(result["figures"]["worker"])

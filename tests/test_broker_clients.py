@@ -327,3 +327,19 @@ def test_shutting_down_ends_every_request_and_lets_workers_go_on() -> None:
     assert worker.task(1).cancelled
     worker.task(1).done("cancelled")
     network.assert_clean()
+
+
+def test_a_client_gets_no_more_patience_by_asking_for_it() -> None:
+    """One that says once that it may be silent for ages would be bounded by nothing."""
+    network = Network(default_deadline_s=5.0)
+    client, worker = network.client(), network.worker(ttl_ms=10_000_000)
+    client.generate(1)
+    client.ping(ttl_ms=2**53, rids=[1])
+    network.advance(4.0)
+    assert not worker.task(1).cancelled
+    network.advance(2.0)
+    assert worker.task(1).cancelled
+    assert network.counters["clients: client silent"] == 1
+    worker.task(1).done("cancelled")
+    network.check()
+    assert not network.broker.flights.open

@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from zmqserve import messages as m
+from zmqserve.access import Access
 from zmqserve.errors import ZmqserveError
-from zmqserve.flight import Client
+from zmqserve.flight import Client, Envelope
+from zmqserve.rules import parse_rules
 
+from .fakes.keys import ALICE, BOB, GPU, GPU2, ROOT, Ring, access
 from .fakes.network import Network, card
 from .fakes.scripted import ScriptedClient, ScriptedWorker, Task
 
@@ -71,13 +74,24 @@ class BrokerMachine(RuleBasedStateMachine):
             stall_s=6.0,
             cancel_timeout_s=1.0,
             orphan_grace_s=2.0,
+            access=self.access(),
         )
         self.count_untold()
         for envelope in ((b"\0one",), (b"\0two",), (b"\0proxy", b"a"), (b"\0proxy", b"b")):
             self.connect(*envelope)
         self.present = list(self.clients)
         for number, (cards, slots) in enumerate(offers):
-            self.workers.append(self.network.worker(f"w{number}", *cards, slots=slots))
+            self.workers.append(self.network.worker(f"w{number}", *cards, slots=slots, user=self.worker_key(number)))
+
+    def access(self) -> Access | None:
+        """Whose keys are let in; None: nobody has any."""
+        return None
+
+    def client_key(self, envelope: Envelope) -> str | None:
+        return None
+
+    def worker_key(self, number: int) -> str | None:
+        return None
 
     def count_untold(self) -> None:
         """A client that is let go of because nobody is there is not told of the ends of what it has open."""
@@ -92,7 +106,7 @@ class BrokerMachine(RuleBasedStateMachine):
         delivery.detach = counting  # type: ignore[method-assign]
 
     def connect(self, *envelope: bytes) -> ScriptedClient:
-        client = self.network.client(*envelope)
+        client = self.network.client(*envelope, user=self.client_key(envelope))
         self.clients.append(client)
         return client
 
@@ -148,7 +162,9 @@ class BrokerMachine(RuleBasedStateMachine):
     )
     def worker_comes(self, name: int, cards: list[m.ModelCard], slots: int, state: str) -> None:
         if len(self.living()) < 5:
-            self.workers.append(self.network.worker(f"w{name}", *cards, slots=slots, speed=float(1 + name), state=state))
+            self.workers.append(
+                self.network.worker(f"w{name}", *cards, slots=slots, speed=float(1 + name), state=state, user=self.worker_key(name))
+            )
 
     @rule(which=WHICH, others=st.integers(0, 3), waiting=st.integers(0, 1), step_age_ms=st.sampled_from([0.0, 0.0, 7000.0]))
     def worker_beats(self, which: int, others: int, waiting: int, step_age_ms: float) -> None:
@@ -246,11 +262,52 @@ class BrokerMachine(RuleBasedStateMachine):
         assert not network.broker.flights.running
 
 
-BrokerMachine.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+RULES = (
+    "",
+    "[defaults.client]\nrequests_in_flight = 2\npriority = -1",
+    "[keys.alice]\nrequests_per_s = 2\ntokens_per_s = 3\n[keys.bob]\ndeny = ['n:*', 'alias:*']\n[keys.gpu]\nmodels = ['m']",
+    "[defaults.client]\nallow = ['m:generate', '*:embed']\nrequests_in_flight = 1\n[keys.gpu2]\nnames = ['w1']",
 )
+
+
+class KeyedMachine(BrokerMachine):
+    """The same where all have keys, which come and go, and rules that change: what a key's account counts is what is open."""
+
+    def access(self) -> Access | None:
+        return access(RULES[1])
+
+    def client_key(self, envelope: Envelope) -> str | None:
+        return {b"\0one": ALICE, b"\0two": BOB}.get(envelope[0], ROOT if len(self.clients) % 3 == 0 else ALICE)
+
+    def worker_key(self, number: int) -> str | None:
+        return (GPU, GPU2)[number % 2]
+
+    @rule(revoked=st.sets(st.sampled_from([ALICE, BOB, GPU, GPU2]), max_size=2), rules=st.sampled_from([None, *RULES]))
+    def keys_change(self, revoked: set[str], rules: str | None) -> None:
+        keys = Ring().without(*revoked)
+        self.network.broker.keys_changed(self.network.now, keys, None if rules is None else parse_rules(rules, ""))
+        users = {worker.user for worker in self.network.broker.registry}
+        assert users <= keys.workers.keys()
+
+    @rule(who=WHO)
+    def routing_id_is_taken(self, who: int) -> None:
+        """By one with another key, after its owner has gone unnoticed."""
+        client = self.present[who]
+        client.user = BOB if client.user != BOB else ALICE
+        client.send(m.Hello(m.PROTOCOL))
+
+
+for machine in (BrokerMachine, KeyedMachine):
+    machine.TestCase.settings = settings(
+        max_examples=250, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
 
 
 @pytest.mark.timeout(300)
 class TestBrokerMachine(BrokerMachine.TestCase):  # type: ignore[misc, valid-type]
+    pass
+
+
+@pytest.mark.timeout(300)
+class TestKeyedMachine(KeyedMachine.TestCase):  # type: ignore[misc, valid-type]
     pass

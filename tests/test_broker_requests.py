@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -187,7 +189,7 @@ def test_what_finds_every_slot_taken_waits_its_turn() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"queue_requests": 2}, {"queue_bytes": 60}])
-def test_beyond_its_bounds_the_queue_is_overloaded(settings: dict[str, int]) -> None:
+def test_beyond_its_bounds_the_queue_is_overloaded(settings: dict[str, Any]) -> None:
     network = Network(**settings)
     client, worker = network.client(), network.worker()
     for rid in (1, 2, 3, 4):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zmqserve import messages as m
-from zmqserve.registry import TRIAL_ROUNDS
+from zmqserve.pool import TRIAL_ROUNDS
 
 from .fakes.hierarchy import Tree
 from .fakes.network import Network

@@ -314,3 +314,12 @@ def test_its_status_can_be_read_without_this_library() -> None:
         req.send(msgspec.msgpack.encode([7, 123]))
         tag, rid, status = msgspec.msgpack.decode(req.recv())
         assert (tag, rid, status["controller"]) == (44, 123, controller.id)
+
+
+@pytest.mark.parametrize("limit", [256, 4096])
+def test_too_few_file_descriptors_are_said_at_the_start(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("zmqserve.controller.raise_descriptor_limit", lambda: limit)
+    with Controller(clients=["inproc://c"], workers=["inproc://w"], report=lambda event, **_: lines.append(event)):
+        pass
+    assert ("few file descriptors" in lines) is (limit == 256)

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from zmqserve import messages as m
+from zmqserve.credentials import Credentials
 from zmqserve.errors import InvalidEndpoint
 from zmqserve.link import ControllerLink
 from zmqserve.linkport import LinkPort
@@ -19,6 +20,8 @@ from zmqserve.sockets import SocketLimits
 from .fakes.controller import FakeController
 
 WAIT_S = 10.0
+
+NONE = Credentials(None, None, ())
 
 
 class Host:
@@ -54,7 +57,9 @@ class Owner:
         self.host = Host()
         self.breaks = 0
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.port = LinkPort(self.context, endpoint, SocketLimits(), self.host, ttl_s=3.0, random=Random(1), now=time.monotonic())
+        self.port = LinkPort(
+            self.context, endpoint, SocketLimits(), self.host, credentials=NONE, ttl_s=3.0, random=Random(1), now=time.monotonic()
+        )
 
     @property
     def link(self) -> ControllerLink:
@@ -152,5 +157,5 @@ def test_it_can_be_closed_when_its_context_has_been_terminated(controller: FakeC
 def test_an_endpoint_that_cannot_be_reached_by_name_is_told() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with pytest.raises(InvalidEndpoint):
-        LinkPort(context, "tcp://127.0.0.1", SocketLimits(), Host(), ttl_s=3.0, random=Random(1), now=0.0)
+        LinkPort(context, "tcp://127.0.0.1", SocketLimits(), Host(), credentials=NONE, ttl_s=3.0, random=Random(1), now=0.0)
     context.term()

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import structlog
 
-from zmqserve import Client, logs
+from zmqserve import Client, Controller, WorkerConfig, logs
+from zmqserve.backends.echo import EchoWorker
+from zmqserve.flight import Flight
 
-from .processes import ServedController
+from .processes import PATIENCE_S, ServedController
+
+
+@pytest.fixture
+def written() -> Iterator[list[structlog.typing.EventDict]]:
+    """What structlog was told to write; it has its defaults again afterwards."""
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+    structlog.reset_defaults()
+
+
+def configure(level: int, *, cached: bool = True) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(level), cache_logger_on_first_use=cached)
 
 
 def test_a_reader_that_pauses_loses_lines_and_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +47,26 @@ def test_a_reader_that_pauses_loses_lines_and_stops_nobody(monkeypatch: pytest.M
             lines.write(b"later\n")
         lines.close()
     assert len([part for part in got if part == line]) < 2000
+
+
+def test_lines_that_wait_are_written_in_pieces_that_a_pipe_takes_whole() -> None:
+    """A pipe takes a piece of PIPE_BUF bytes or none of it, so a program that is killed meanwhile leaves no half of a line."""
+    pieces: list[bytes] = []
+
+    class File(io.BytesIO):
+        def write(self, data: Any) -> int:
+            pieces.append(bytes(data))
+            return len(data)
+
+    written = [b"%d " % number + b"x" * (number * 37 % 900) + b"\n" for number in range(300)] + [b"y" * 9000 + b"\n"]
+    lines = logs.Lines(File())
+    for line in written:
+        lines.write(line)
+    lines.close()
+    assert b"".join(pieces) == b"".join(written)
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert all(len(piece) <= select.PIPE_BUF for piece in pieces[:-1])
+    assert len(pieces) < 100
 
 
 def test_a_reader_that_is_gone_is_no_error() -> None:
@@ -44,3 +86,44 @@ def test_a_controller_outlives_the_reader_of_its_log() -> None:
         with Client(controller.clients) as client:
             for _ in range(5):
                 assert client.generate("m", "still here", stream=False).text == "still here"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_logger_knows_what_is_written_as_it_is_configured_now(written: list[Any], cached: bool) -> None:
+    log = logs.Logger("here")
+    for level in (logging.WARNING, logging.INFO, logging.ERROR):
+        configure(level, cached=cached)
+        asked = (logging.INFO, logging.WARNING, logging.ERROR)
+        assert [log.writes(each) for each in asked] == [each >= level for each in asked]
+        log.warning("said", level_then=level)
+    assert [line["level_then"] for line in written] == [logging.WARNING, logging.INFO]
+
+
+def test_without_a_configuration_only_warnings_are_written() -> None:
+    log = logs.Logger("here")
+    assert [log.writes(level) for level in (logging.DEBUG, logging.INFO, logging.WARNING)] == [False, False, True]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_the_line_of_a_request_is_made_only_where_it_is_written(written: list[Any], monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    made: list[object] = []
+    log = Flight.log
+    monkeypatch.setattr(Flight, "log", lambda *of: made.append(of) or log(*of))  # type: ignore[func-returns-value]
+    configure(level)
+    with Controller(clients=["tcp://127.0.0.1:*"], workers=["tcp://127.0.0.1:*"]) as controller:
+        worker = EchoWorker(WorkerConfig(model="m", controllers=tuple(controller.worker_endpoints)))
+        with worker, Client(controller.client_endpoints) as client:
+            worker.wait_ready(PATIENCE_S)
+            assert client.generate("m", "hi", stream=False).text == "hi"
+    requests = [each for each in written if each["event"] == "request"]
+    assert len(made) == len(requests) == (1 if level == logging.INFO else 0)
+    for each in requests:
+        assert (each["model"], each["verb"], each["log_level"]) == ("m", "generate", "info")
+
+
+def test_what_peers_choose_does_not_move_a_terminals_cursor() -> None:
+    program = "from zmqserve import logs; logs.configure(as_json=False); logs.Logger('z').info('request', trace='\\x1b[2J', model='plain')"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=PATIENCE_S, check=True).stderr
+    assert b"plain" in shown
+    assert b"\\x1b[2J" in shown
+    assert b"\x1b[2J" not in shown

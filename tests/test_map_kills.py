@@ -19,7 +19,7 @@ PROMPTS = [f"prompt {number} of many" for number in range(5000)]
 TOKENS = 6
 KILL_EVERY = 450
 """One worker is killed after so many answers, and another takes its place; as soon as the one before has."""
-WORKERS = ("--slots", "32", "--delay-per-token", "0.002")
+WORKERS = ("--slots", "32", "--delay-per-token", "0.01")
 
 
 class Killer:

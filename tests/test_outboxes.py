@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import zmq
 
 from zmqserve import messages as m
@@ -178,3 +180,96 @@ def test_ends_are_told_only_where_that_wins_space() -> None:
     assert dropped_ends([done, chunks]) == [((b"id", b"env"), 5)]
     assert dropped_ends([done] * 100) == []
     assert dropped_ends([(b"id", b"no message")]) == []
+
+
+# --- what is gathered in a turn
+
+
+def test_what_is_posted_while_gathering_waits_for_the_flush_in_order() -> None:
+    rig = Rig()
+    try:
+        peer = rig.connect("clients")
+        identity = identity_of(rig, peer)
+        rig.clients.gathering = True
+        assert [rig.clients.post(identity, b"%d" % number) for number in range(3)] == [SENT] * 3
+        assert peer.got() == []
+        assert rig.clients.waiting_bytes == 3 * 6
+        rig.clients.gathering = False
+        assert rig.clients.flush(rig.now) == []
+        assert peer.got() == [[b"0"], [b"1"], [b"2"]]
+        assert (rig.clients.waiting_bytes, rig.clients.outboxes) == (0, {})
+    finally:
+        rig.close()
+
+
+def test_what_is_sent_goes_behind_what_was_gathered_and_says_who_is_gone() -> None:
+    rig = Rig()
+    try:
+        peer = rig.connect("clients")
+        identity = identity_of(rig, peer)
+        rig.clients.gathering = True
+        rig.clients.post(identity, b"first")
+        assert rig.clients.send(identity, b"second") == SENT
+        assert peer.got() == [[b"first"], [b"second"]]
+        assert rig.clients.post(b"\0gone", b"x") == SENT
+        assert rig.clients.send(b"\0gone", b"y") == GONE
+        rig.clients.post(b"\0gone", b"x")
+        assert rig.clients.flush(rig.now) == [b"\0gone"]
+        assert (rig.clients.waiting_bytes, rig.clients.outboxes) == (0, {})
+    finally:
+        rig.close()
+
+
+def test_large_messages_are_not_gathered_and_nobody_is_slow_for_what_was() -> None:
+    rig = Rig(outbox_bytes=1000)
+    try:
+        peer = rig.connect("clients")
+        identity = identity_of(rig, peer)
+        rig.clients.gathering = True
+        assert [rig.clients.post(identity, b"%d" % number + b"x" * 300) for number in range(9)] == [SENT] * 9
+        assert rig.clients.waiting_bytes <= 500
+        assert rig.clients.post(identity, b"9" + b"x" * 5000) == SENT
+        assert rig.clients.waiting_bytes == 0
+        assert [payload[:1] for (payload,) in peer.got()] == [b"%d" % number for number in range(10)]
+    finally:
+        rig.close()
+
+
+def test_a_worker_that_is_found_gone_when_what_was_gathered_is_sent_loses_its_requests() -> None:
+    rig = Rig()
+    try:
+        client, worker = rig.connect("clients"), rig.worker("w")
+        (known,) = rig.broker.registry
+        send = rig.workers.send_frame
+
+        def unreachable(frame: bytes, flags: int) -> None:
+            if frame == known.identity:
+                raise zmq.ZMQError(errno.EHOSTUNREACH)
+            send(frame, flags)
+
+        rig.workers.send_frame = unreachable
+        client.send(m.encode(m.Status(1)))  # the first message's outcome is not gathered
+        client.send(m.encode(m.Generate(2, "m", prompt="hi")))
+        rig.pump()
+        assert (len(rig.broker.registry.workers), len(rig.broker.registry.pools["m"].waiting)) == (0, 1)
+        assert (len(client.got()), worker.got(), rig.workers.outboxes) == (1, [], {})
+    finally:
+        rig.close()
+
+
+def test_the_first_of_several_messages_is_answered_before_the_others_are_read() -> None:
+    rig = Rig()
+    try:
+        client, worker = rig.connect("clients"), rig.worker("w")
+        for rid in range(1, 6):
+            client.send(m.encode(m.Generate(rid, "m", prompt="hi")))
+        events: list[str] = []
+        recv, send = rig.clients.recv, rig.workers.send_frame
+        rig.clients.recv = lambda *flags, **copy: (events.append("read"), recv(*flags, **copy))[1]  # type: ignore[func-returns-value]
+        rig.workers.send_frame = lambda *frame: (events.append("sent"), send(*frame))[1]  # type: ignore[func-returns-value]
+        rig.pump()
+        assert events[:13] == ["read"] * 2 + ["sent"] * 3 + ["read"] * 8
+        assert events.count("sent") == 5 * 3
+        assert [rig.head(worker).rid for _ in range(5)] == [1, 2, 3, 4, 5]
+    finally:
+        rig.close()

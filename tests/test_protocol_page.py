@@ -17,7 +17,7 @@ from zmqserve import messages as m
 from zmqserve import params
 from zmqserve.config import ControllerConfig
 from zmqserve.deadlines import LATE_S
-from zmqserve.errors import BY_CODE, BindFailed, ConnectionFailed, InvalidEndpoint, ProtocolMismatch, Refused
+from zmqserve.errors import BY_CODE, BindFailed, ConnectionFailed, InvalidEndpoint, MemoryExceeded, ProtocolMismatch, Unauthenticated
 from zmqserve.link import FRESH_SOCKET_S, LOAD_GAP_S, REGISTER_RETRY_S, SILENT_TTLS
 from zmqserve.liveness import BEATS_PER_TTL
 from zmqserve.relay import MAX_ENVELOPE
@@ -100,11 +100,11 @@ def test_error_codes_are_all_listed() -> None:
 
 
 def test_codes_that_are_never_sent_are_those_of_what_a_program_finds_itself() -> None:
-    """They are the ways to a controller, an endpoint, and what a worker raises that was refused."""
-    found = re.search(r"^40000 comes in Refused only\. (.*) are not sent:", PAGE, re.MULTILINE)
+    """They are the ways to a controller, an endpoint, and why a controller ended."""
+    found = re.search(r"^40000 and 40103 come in Refused only\. (.*) are not sent:", PAGE, re.MULTILINE)
     assert found is not None
-    own = {code for code, cls in BY_CODE.items() if issubclass(cls, ConnectionFailed | InvalidEndpoint | BindFailed | Refused)}
-    assert {int(code) for code in re.findall(r"\d{5}", found[1])} == own - {ProtocolMismatch.code}
+    own = {code for code, cls in BY_CODE.items() if issubclass(cls, ConnectionFailed | InvalidEndpoint | BindFailed | MemoryExceeded)}
+    assert {int(code) for code in re.findall(r"\d{5}", found[1])} == own - {ProtocolMismatch.code, Unauthenticated.code}
 
 
 def test_times_are_the_defaults() -> None:

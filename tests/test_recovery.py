@@ -17,6 +17,8 @@ from zmqserve.errors import (
     ModelLoading,
     NoWorker,
     Overloaded,
+    QuotaExceeded,
+    RateLimited,
     StreamGap,
     UnknownModel,
     WorkerLost,
@@ -289,12 +291,13 @@ def test_a_restarted_network_is_asked_soon() -> None:
     assert tries >= 2
 
 
-def test_an_overloaded_controller_is_given_its_time() -> None:
+@pytest.mark.parametrize("kind", [Overloaded, RateLimited, QuotaExceeded])
+def test_a_controller_that_says_when_is_given_its_time(kind: Any) -> None:
     world = pair()
     call = world.begin(1)
     world.disconnect()
     moved(world, call)
-    world.hear(m.Error(call.rid, Overloaded.code, "full", retryable=True, retry_after_ms=2000))
+    world.hear(m.Error(call.rid, kind.code, "full", retryable=True, retry_after_ms=2000))
     world.pass_s(1.9)
     assert asked(world) == []
     world.hear(m.Pong("c2"))

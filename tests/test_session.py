@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.broker import chunk, done
-from tests.fakes.session import World, ended, texts
+from tests.fakes.session import World, asked, ended, pair, texts
 from zmqserve import messages as m
 from zmqserve.errors import (
     BackendError,
@@ -285,12 +285,81 @@ def test_what_the_controller_has_no_deadline_for_ends_on_time() -> None:
     assert isinstance(call.end, DeadlineExceeded)
 
 
+def test_a_reader_that_never_catches_up_is_bounded_by_what_is_unread_now() -> None:
+    """However much it has read before, and though something is always unread."""
+    world = World(buffer_bytes=10_000).welcomed()
+    call = world.open()
+    seq = 0
+    world.hear(chunk(call.rid, seq, "x" * 200))
+    for _ in range(100):
+        for _ in range(20):
+            seq += 1
+            world.hear(chunk(call.rid, seq, "x" * 200))
+        assert [call.take() is not None for _ in range(20)] == [True] * 20
+    assert ended(call) is None
+    assert len(call.chunks or ()) == 1
+    heard = 1
+    while call.end is None:
+        seq += 1
+        heard += 1
+        world.hear(chunk(call.rid, seq, "x" * 200))
+    assert isinstance(call.end, SlowConsumer)
+    assert 10_000 // 400 < heard <= 10_000 // 200
+
+
 def test_endless_empty_chunks_are_bounded_too() -> None:
     world = World(buffer_bytes=10_000).welcomed()
     call = world.open()
     for seq in range(200):
         world.hear(m.Chunk(call.rid, seq, 0, "", b""))
     assert isinstance(call.end, SlowConsumer)
+
+
+def test_requests_for_later_leave_together_and_a_lone_one_at_once() -> None:
+    world = World().welcomed()
+    calls = [world.open(later=True) for _ in range(4)]
+    assert [request.rid for request in asked(world)] == [calls[0].rid]
+    assert [call.sent for call in calls] == [True, False, False, False]
+    assert world.session.blocked
+    world.session.cancel(calls[2])
+    world.session.flush()
+    assert [request.rid for request in asked(world)] == [calls[1].rid, calls[3].rid]
+    assert not world.session.blocked
+
+
+def test_thousands_of_requests_for_later_do_not_all_wait_for_the_last_one() -> None:
+    world = World().welcomed()
+    calls = [world.open(later=True) for _ in range(1000)]
+    early = [request.rid for request in asked(world)]
+    assert len(early) > 900
+    world.session.flush()
+    assert early + [request.rid for request in asked(world)] == [call.rid for call in calls]
+
+
+def test_a_request_for_later_moves_like_any_other_that_was_not_sent() -> None:
+    world = pair()
+    first, later = world.open(), world.open(later=True)
+    world.disconnect()
+    world.wire.taken()
+    world.welcome()
+    assert [request.rid for request in asked(world)] == [first.rid, later.rid]
+
+
+def test_a_waiter_hears_of_what_can_be_read_and_not_of_the_leaving() -> None:
+    world = World().welcomed()
+    world.open()
+    call = world.open(later=True)
+    heard: list[str] = []
+    call.waiter = lambda: heard.append("waiter")
+    call.on_left = lambda: heard.append("left")
+    world.session.flush()
+    assert heard == ["left"]
+    world.hear(chunk(call.rid, 0))
+    assert heard == ["left", "waiter"]
+    unsent = world.open(later=True)
+    unsent.on_left = lambda: heard.append("ended")
+    world.session.cancel(unsent)
+    assert heard == ["left", "waiter", "ended"]
 
 
 # --- ending it -------------------------------------------------------------------------------

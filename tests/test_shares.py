@@ -16,7 +16,8 @@ from zmqserve.config import ControllerConfig
 from zmqserve.dispatch import Lottery, ShortestQueue
 from zmqserve.errors import InvalidParameter
 from zmqserve.need import Need
-from zmqserve.registry import NewPolicy, Registry, Worker
+from zmqserve.pool import NewPolicy
+from zmqserve.registry import Registry, Worker
 from zmqserve.share import Share
 from zmqserve.waiting import WaitingRoom
 
@@ -139,6 +140,7 @@ def test_a_pick_does_not_look_at_workers_whose_share_is_full(monkeypatch: pytest
         known.take(member(known, f"full{number}", card("a", slots=1), card("b")), "a")
     room = member(known, "room", card("a", slots=1))
     pool = known.pools["a"]
+    assert pool.pick(GENERATE, Random(1)) is room  # by now all that has changed is known
     monkeypatch.setattr(Share, "free", None)
     monkeypatch.setattr(type(pool), "serves", None)
     assert pool.pick(GENERATE, Random(1)) is room

@@ -22,7 +22,7 @@ from bench.simulation.scenario import KINDS
 from bench.simulation.sockets import DealerSocket, RouterSocket
 from bench.simulation.world import World
 from zmqserve.delivery import FULL, GONE, SENT
-from zmqserve.relay import Port
+from zmqserve.port import Port
 
 REPOSITORY = Path(__file__).parent.parent
 HOURS = 9.0

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from zmqserve.errors import BindFailed, InvalidEndpoint
-from zmqserve.sockets import MAX_IPC_PATH, Binding, Monitor, SocketLimits, check_endpoint, dealer, raise_descriptor_limit, router
+from zmqserve.sockets import MAX_IPC_PATH, Binding, Monitor, SocketLimits, check_endpoint, connect, dealer, raise_descriptor_limit, router
 
 
 class Sockets:
@@ -28,7 +28,8 @@ class Sockets:
         return self.made[-1]
 
     def dealer(self, endpoint: str) -> zmq.Socket[bytes]:
-        self.made.append(dealer(self.context, endpoint, SocketLimits(), immediate=False))
+        self.made.append(dealer(self.context, SocketLimits(), immediate=False))
+        connect(self.made[-1], endpoint)
         return self.made[-1]
 
 
@@ -177,7 +178,8 @@ def test_a_monitor_tells_that_a_connection_broke() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     server = router(context, SocketLimits())
     bound = Binding(server, "tcp://127.0.0.1:*")
-    client = dealer(context, bound.endpoint, SocketLimits(), immediate=True)
+    client = dealer(context, SocketLimits(), immediate=True)
+    connect(client, bound.endpoint)
     monitor = Monitor(client)
     try:
         assert client.poll(5000, zmq.POLLOUT)

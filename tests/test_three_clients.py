@@ -315,7 +315,7 @@ def test_no_descriptor_is_left(kind: Callable[..., Asker], way: str) -> None:
     with Broker(echo) as broker:
 
         def use() -> None:
-            client = kind(broker.endpoint)
+            client = kind(broker.endpoint, connect_timeout_s=20.0)
             assert client.ask("generate", "m", "x", stream=False).text
             client.stream("generate", "m", "y")
             if way == "closed":

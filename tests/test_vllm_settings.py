@@ -218,11 +218,17 @@ def test_what_is_no_mistake_of_the_request_stays_what_it_is(monkeypatch: pytest.
         assert refused(error, Guided(choice=["a"])) is error
 
 
-def test_the_engine_gets_the_defaults_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's for an engine inside a program let fewer sequences and tokens into a step, and slots follow `max_num_seqs`."""
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_engine_gets_the_defaults_of_a_server(monkeypatch: pytest.MonkeyPatch, traced: bool) -> None:
+    """vLLM's for an engine inside a program let fewer sequences and tokens into a step, and slots follow `max_num_seqs`.
+
+    Its process counts what heartbeats tell; its front end counts for traces only.
+    """
     figures = EngineFigures()
     arguments = SimpleNamespace(disable_log_stats=False, create_engine_config=lambda usage: f"settings of a {usage}")
-    made = SimpleNamespace(logger_manager=object())
+    made = SimpleNamespace(
+        logger_manager=object(), log_stats=True, output_processor=SimpleNamespace(log_stats=True, tracing_enabled=traced)
+    )
     asked: list[tuple[str, bool]] = []
 
     def from_vllm_config(config: str, *, disable_log_stats: bool) -> Any:
@@ -240,12 +246,12 @@ def test_the_engine_gets_the_defaults_of_a_server(monkeypatch: pytest.MonkeyPatc
     assert vllm_engine.start("m", {}, {}, figures) is made
     assert asked == [("settings of a server", False)]
     assert made.logger_manager is figures
+    assert (made.log_stats, made.output_processor.log_stats) == (traced, traced)
 
 
 def test_a_schema_that_would_keep_the_engine_busy_for_minutes_does_not_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {"RequestOutputKind": SimpleNamespace(DELTA=0), "StructuredOutputsParams": SimpleNamespace}
+    kinds = {"RequestOutputKind": SimpleNamespace(DELTA=0), "StructuredOutputsParams": SimpleNamespace, "SamplingParams": SimpleNamespace}
     stand_in(monkeypatch, vllm__sampling_params=kinds, vllm__exceptions={"VLLMValidationError": Refusal})
-    sys.modules["vllm"].__dict__["SamplingParams"] = SimpleNamespace
     small, large = (Guided(json=json.dumps({"type": "integer", "multipleOf": number})) for number in (3, 1000003))
     assert sampling(SamplingParams(guided=small), 9).structured_outputs.json == small.json
     with pytest.raises(InvalidParameter, match="each remainder") as caught:

@@ -17,8 +17,8 @@ from zmqserve.errors import Overloaded
 from zmqserve.flight import Client, Flight
 from zmqserve.messages import RequestHeader
 from zmqserve.need import Need
+from zmqserve.pool import Pool
 from zmqserve.rate import ServiceRate
-from zmqserve.registry import Pool
 from zmqserve.waiting import FairQueue, WaitingRoom
 
 GENERATE = Need("generate")
@@ -157,7 +157,7 @@ def test_those_who_had_a_worker_are_let_in_beyond_the_bounds() -> None:
     flights, room = Flights(), room_of(queue_requests=1, client_requests=1)
     room.push(flights.new(b"a"))
     room.push(flights.new(b"a"), front=True)
-    assert [len(queue) for queue in room] == [2]
+    assert [len(queue) for queue in room.queues.values()] == [2]
 
 
 def test_a_worker_is_offered_only_what_it_can_do() -> None:

@@ -199,13 +199,13 @@ class AsyncClient(OneProcess):
 
     def _begin(self, bulk: Bulk, arrivals: Arrivals, index: int, ask: Ask) -> None:
         try:
-            arrivals.watch(index, self._connection.begin(ask, collect=True))
+            arrivals.watch(index, self._connection.begin(ask, collect=True, later=True))
         except ZmqserveError as error:
             bulk.refuse(index, error)
 
     async def _finished(self, ask: Ask) -> Call:
         """The request's call when it has ended. Whoever is cancelled meanwhile cancels it."""
-        call = await self._connection.open(ask, collect=True)
+        call = self._connection.begin(ask, collect=True, later=True)
         try:
             await self._connection.wait(call)
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .call import Call
 from .errors import ZmqserveError
 from .forks import OneProcess
-from .messages import Chunk, Done, Timings, Usage, unpack_ids
+from .messages import Done, Timings, Usage, unpack_ids
 from .results import Completion, CompletionChoice, StreamChunk
 
 
@@ -56,9 +56,10 @@ class Answering(OneProcess):
         """What can be read now. None: nothing; then it is `_over`, or more is to come. Raises the error that ended the answer."""
         # In this order: what came before the end is then seen, too.
         end = call.end
-        chunk = call.take()
-        if chunk is not None:
-            return _read(chunk)
+        chunks = call.chunks
+        if chunks:
+            chunk = chunks.popleft()
+            return StreamChunk(chunk.text, unpack_ids(chunk.token_ids), chunk.seq, chunk.index, chunk.logprobs)
         if end is not None:
             self._over = True
             if isinstance(end, ZmqserveError):
@@ -86,7 +87,3 @@ def completed(call: Call) -> Completion:
         for index, received in enumerate(call.received)
     ]
     return Completion(choices, end.usage, end.timings, call.resumed)
-
-
-def _read(chunk: Chunk) -> StreamChunk:
-    return StreamChunk(chunk.text, unpack_ids(chunk.token_ids), chunk.seq, chunk.index, chunk.logprobs)

@@ -51,9 +51,10 @@ class Answer:
 
     `slot`: whether it holds one; `share`: the model, of whose few slots it is one, or empty.
     `stopped` says why it must end early, once that is so: ``cancelled``, ``deadline`` or ``aborted`` (nobody waits for it).
+    `due`: those that have the same deadline; it leaves them with its end.
     """
 
-    __slots__ = ("arrived_s", "ended", "gather", "head", "job", "share", "slot", "started", "stopped", "task", "timer", "worker")
+    __slots__ = ("arrived_s", "due", "ended", "gather", "head", "job", "share", "slot", "started", "stopped", "task", "worker")
 
     def __init__(self, gather: Gather, head: ControllerHead, *, slot: bool, share: str = "", arrived_s: float, worker: str) -> None:
         self.gather = gather
@@ -64,7 +65,7 @@ class Answer:
         self.worker = worker
         self.job: Job | None = None
         self.task: Cancellable | None = None
-        self.timer: Cancellable | None = None
+        self.due: dict[Answer, None] | None = None
         self.started = False
         self.ended = False
         self.stopped: str | None = None
@@ -134,8 +135,9 @@ class Answer:
         if self.ended:
             return
         self.ended = True
-        if self.timer is not None:
-            self.timer.cancel()
+        self.job = None  # a job has its answer: a cycle would wait for the garbage collector
+        if self.due is not None:
+            self.due.pop(self, None)
         head, gather = self.head, self.gather
         lane = gather.lane
         gather.flush()

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypedDict
 from . import requests
 from .call import ClientRequest
 from .config import CLIENT_ENDPOINT
+from .credentials import KeyFile, KeyFiles, credentials
 from .errors import InvalidEndpoint, InvalidParameter, Unsupported
 from .messages import MAX_NAME, Drain, ListModels, Status
-from .params import EmbedParams, SamplingParams, build, invalid, unknown
+from .params import EmbedParams, P, SamplingParams, build, invalid, unknown
 from .peer import Wire
 from .requests import EmbedFields, Prompt, Routing, Sampling, Turn, check_count, check_duration, check_switch
 from .session import Session
@@ -21,6 +22,9 @@ from .sockets import check_endpoint
 
 ENDPOINTS_VARIABLE = "ZMQSERVE_CONTROLLER"
 """Environment variable for the controller's client endpoints; several are separated by commas."""
+
+MOST_KEPT = 256
+"""How many different sets of options a client keeps checked."""
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%-]*")
 """What a host to connect to may be made of."""
@@ -40,6 +44,9 @@ class ClientOptions(TypedDict, total=False):
     time after what the error's `retry_after_ms` says, within the deadline (0).
     buffer_bytes: what may lie unread in one stream before it ends as SlowConsumer (16 MiB).
     name: shown by the controller ("").
+    key, controller_key: files of keys, for CURVE: this client's pair, as `zmqserve keys new` makes it, and the public key of the
+    controller's port for clients, one for all endpoints or one for each (those named by ``ZMQSERVE_KEY`` and ``ZMQSERVE_CONTROLLER_KEY``,
+    if any).
     """
 
     timeout_s: float | None
@@ -50,6 +57,8 @@ class ClientOptions(TypedDict, total=False):
     retries: int
     buffer_bytes: int
     name: str
+    key: KeyFile | None
+    controller_key: KeyFiles | None
 
 
 class RequestOptions(TypedDict, total=False):
@@ -109,6 +118,7 @@ class Asking:
         self.endpoints = tuple(_to_connect(endpoint.strip()) for endpoint in endpoints)
         if not self.endpoints:
             raise InvalidParameter("endpoints is empty: name at least one controller", data={"parameter": "endpoints"})
+        self.credentials = credentials(options.get("key"), options.get("controller_key"), self.endpoints)
         timeout_s = options.get("timeout_s")
         self._timeout_s = None if timeout_s is None else check_duration("timeout_s", timeout_s)
         self._resume = check_switch("resume", options.get("resume", True))
@@ -120,6 +130,7 @@ class Asking:
         self._name = options.get("name", "")
         if not isinstance(self._name, str) or len(self._name) > MAX_NAME:
             raise invalid("name", self._name, f"a text of at most {MAX_NAME} characters")
+        self._kept: dict[tuple[object, ...], tuple[Routing, Any]] = {}
 
     def __repr__(self) -> str:
         return f"Asking({', '.join(self.endpoints)})"
@@ -139,8 +150,8 @@ class Asking:
 
     def generate(self, model: str, prompt: Prompt, options: Mapping[str, Any]) -> Ask:
         """A streamed answer to a prompt."""
-        routing, params, sampling = self._split(options, GenerateOptions)
-        return self._ask(requests.generate(model, prompt, params, sampling, routing), routing)
+        routing, params = self._checked(GenerateOptions, SamplingParams, options)
+        return _ask(requests.generate(model, prompt, params, routing), routing)
 
     def chat(self, model: str, messages: Sequence[Turn], options: Mapping[str, Any]) -> Ask:
         """A streamed answer to a conversation."""
@@ -148,10 +159,9 @@ class Asking:
 
     def each(self, model: str, options: Mapping[str, Any]) -> Callable[[Prompt], Ask]:
         """What makes the request for each of many prompts. Raises at once for what is wrong with all of them."""
-        routing, params, sampling = self._split(options, GenerateOptions)
-        built = build(SamplingParams, params, sampling)
+        routing, params = self._checked(GenerateOptions, SamplingParams, options)
         requests.check_name("model", model)
-        return lambda prompt: self._ask(requests.generate(model, prompt, built, {}, routing), routing)._replace(patient=True)
+        return lambda prompt: _ask(requests.generate(model, prompt, params, routing), routing, patient=True)
 
     def embed(self, model: str, texts: Sequence[str], options: Mapping[str, Any]) -> Ask:
         """One vector per text. Raises Unsupported without numpy: the caller is to get an array."""
@@ -160,54 +170,69 @@ class Asking:
         except ImportError:
             what = 'embed returns numpy arrays, and numpy is not installed: pip install "zmqserve[embeddings]"'
             raise Unsupported(what, data={"parameter": "embed"}) from None
-        routing, params, fields = self._split(options, EmbedOptions)
-        return self._ask(requests.embed(model, texts, params, fields, routing), routing)
+        routing, params = self._checked(EmbedOptions, EmbedParams, options)
+        return _ask(requests.embed(model, texts, params, routing), routing)
 
     def count_tokens(self, model: str, prompt: str | Sequence[Turn], timeout_s: float | None) -> Ask:
         """The length of a prompt."""
         routing = self._routing({"timeout_s": timeout_s})
-        return self._ask(requests.count_tokens(model, prompt, routing), routing)
+        return _ask(requests.count_tokens(model, prompt, routing), routing)
 
     def model_details(self, model: str, timeout_s: float | None) -> Ask:
         """A model's card."""
         routing = self._routing({"timeout_s": timeout_s})
-        return self._ask(requests.model_details(model, routing), routing)
+        return _ask(requests.model_details(model, routing), routing)
 
     def models(self, timeout_s: float | None) -> Ask:
         """What is served."""
-        return self._ask(ListModels(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
+        return _ask(ListModels(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
 
     def status(self, timeout_s: float | None) -> Ask:
         """The controller's state."""
-        return self._ask(Status(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
+        return _ask(Status(requests.new_rid()), self._routing({"timeout_s": timeout_s}))
 
     def drain_worker(self, worker: str, grace_s: float | None, timeout_s: float | None) -> Ask:
         """To let a worker finish and go."""
         request: Drain = requests.drain(worker, grace_s)
-        return self._ask(request, self._routing({"timeout_s": timeout_s}))
+        return _ask(request, self._routing({"timeout_s": timeout_s}))
 
-    def _split(self, options: Mapping[str, Any], kind: type) -> tuple[Routing, Any, dict[str, Any]]:
-        """How it is treated, its `params`, and the fields of those that were given beside them."""
-        known = kind.__annotations__
+    def _checked(self, known: type, kind: type[P], options: Mapping[str, Any]) -> tuple[Routing, P]:
+        """How it is treated and its parameters. A set of options whose values can't change is checked the first time only."""
+        types = tuple(map(type, options.values()))
+        if not _PLAIN.issuperset(types):
+            return self._split(known, kind, options)
+        # With the types: True is equal to 1, and is no number of tokens.
+        key = (kind, *options.items(), types)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._split(known, kind, options)
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = kept
+        return kept
+
+    def _split(self, known: type, kind: type[P], options: Mapping[str, Any]) -> tuple[Routing, P]:
         for name in options:
-            if name not in known:
-                raise unknown(name, "a parameter", sorted(known))
+            if name not in known.__annotations__:
+                raise unknown(name, "a parameter", sorted(known.__annotations__))
         routing = self._routing({name: options[name] for name in _ROUTING if name in options})
         fields = {name: value for name, value in options.items() if name not in _ROUTING and name != "params"}
-        return routing, options.get("params"), fields
+        return routing, build(kind, options.get("params"), fields)
 
     def _routing(self, given: Mapping[str, Any]) -> Routing:
         """With the client's word for what is None."""
         told = {name: value for name, value in given.items() if value is not None}
         return Routing(**{"timeout_s": self._timeout_s, "resume": self._resume, "retries": self._retries} | told)
 
-    @staticmethod
-    def _ask(request: ClientRequest, routing: Routing) -> Ask:
-        timeout_s = None if routing.deadline_ms is None else routing.deadline_ms / 1000
-        return Ask(request, timeout_s, routing.resume, routing.retries)
-
 
 _ROUTING = frozenset({*RequestOptions.__annotations__, "resume"})
+_PLAIN = frozenset({type(None), bool, int, float, str})
+"""Types whose values can't change and are equal to none that means something else, except to one of another of these types."""
+
+
+def _ask(request: ClientRequest, routing: Routing, *, patient: bool = False) -> Ask:
+    timeout_s = None if routing.deadline_ms is None else routing.deadline_ms / 1000
+    return Ask(request, timeout_s, routing.resume, routing.retries, patient)
 
 
 def _to_connect(endpoint: str) -> str:

@@ -14,7 +14,7 @@ import zmq
 
 from . import forks
 from .asking import Ask, Asking
-from .call import Call
+from .call import Call, Leaving
 from .driven import Driven
 from .errors import ZmqserveError
 from .pump import Awaited
@@ -49,17 +49,18 @@ class AsyncConnection:
         self._loop = None
         self._forget_loop()
 
-    def begin(self, ask: Ask, *, collect: bool) -> Call:
-        """Send a request, now or as soon as a controller is there. Raises as Session.open."""
+    def begin(self, ask: Ask, *, collect: bool, later: bool = False) -> Call:
+        """Send a request, now or as soon as a controller is there; `later`: at the end of this turn of the loop, with others that are
+        begun in it. Raises as Session.open."""
         self._attach()
-        return self._driven.open(ask, collect=collect)
+        return self._driven.open(ask, collect=collect, later=later)
 
     async def open(self, ask: Ask, *, collect: bool) -> Call:
         """Send a request: it has left when this returns. Raises as Session.open, and what kept it from being sent."""
         call = self.begin(ask, collect=collect)
         if not call.sent:
             try:
-                await self._wait(call, for_sent=True)
+                await self.wait(Leaving(call))
             except BaseException:
                 self.cancel(call)
                 raise
@@ -74,7 +75,16 @@ class AsyncConnection:
 
     async def wait(self, call: Awaited) -> None:
         """Return when `call` has something to read or has ended. One task per call."""
-        await self._wait(call, for_sent=False)
+        if call.ready:
+            return
+        loop = self._attach()  # perhaps it was opened on another one, and ends with this
+        while not call.ready:
+            woken: asyncio.Future[None] = loop.create_future()
+            call.waiter = partial(_wake, woken)
+            try:
+                await woken
+            finally:
+                call.waiter = None
 
     def cancel(self, call: Call) -> None:
         """Give a request up; harmless when it has ended."""
@@ -111,28 +121,17 @@ class AsyncConnection:
         except RuntimeError:
             context.term()  # the interpreter is ending and has no threads any more
 
-    async def _wait(self, call: Awaited, *, for_sent: bool) -> None:
-        if not call.ready:
-            self._attach()  # perhaps it was opened on another loop
-        while not (call.ready or (for_sent and call.sent)):
-            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            call.waiter = partial(_wake, woken)
-            try:
-                await woken
-            finally:
-                call.waiter = None
-
     def _new_driven(self) -> Driven:
         stir = weakref.WeakMethod(self._stir)
         return Driven(self._asking, self._context, lambda: _read(stir))
 
     # --- on the loop ---------------------------------------------------------------------------
 
-    def _attach(self) -> None:
+    def _attach(self) -> asyncio.AbstractEventLoop:
         """Be on the running loop."""
         loop = asyncio.get_running_loop()
         if loop is self._loop:
-            return
+            return loop
         self.check_loop()
         if self._loop is not None:
             # That one is closed, and nobody waits any more for what was open there.
@@ -145,6 +144,7 @@ class AsyncConnection:
         self._fd = self._driven.fileno()
         if self._fd >= 0:
             loop.add_reader(self._fd, _read, weakref.WeakMethod(self._process))
+        return loop
 
     def _detach(self) -> None:
         loop, self._loop = self._loop, None
@@ -191,8 +191,10 @@ def _read(process: weakref.WeakMethod[Callable[[], None]]) -> None:
 
 def _wake(woken: asyncio.Future[None]) -> None:
     if not woken.done():
-        with contextlib.suppress(RuntimeError):  # its loop is closed, nobody waits
+        try:
             woken.set_result(None)
+        except RuntimeError:
+            pass  # its loop is closed, nobody waits
 
 
 def _retire(loop: asyncio.AbstractEventLoop, fd: int, driven: Driven) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Coroutine, Generator
+from collections.abc import AsyncIterator, Generator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from .answering import Answering
 from .asking import Ask
 from .async_connection import AsyncConnection
+from .call import Call
 from .results import StreamChunk
-
-T = TypeVar("T")
 
 
 class AsyncStream(Answering, AsyncIterator[StreamChunk]):
@@ -45,13 +44,20 @@ class AsyncStream(Answering, AsyncIterator[StreamChunk]):
         while not self._over:
             call = self._call
             if call is None:
-                await self._sent()
-                continue
+                call = self._begun()
             chunk = self._next(call)
             if chunk is not None:
                 return chunk
             if not self._over:
-                await self._alone(self._connection.wait(call))
+                self._check_alone()
+                self._in_use = True
+                try:
+                    await self._connection.wait(call)
+                except BaseException:
+                    self.close()  # whoever is cancelled meanwhile wants no more of the answer
+                    raise
+                finally:
+                    self._in_use = False
         raise StopAsyncIteration
 
     def __del__(self) -> None:
@@ -76,23 +82,28 @@ class AsyncStream(Answering, AsyncIterator[StreamChunk]):
 
     async def _sent(self) -> Self:
         if self._call is None and not self._over:
-            self._call = await self._alone(self._connection.open(self._ask, collect=False))
+            self._check_alone()
+            self._in_use = True
+            try:
+                self._call = await self._connection.open(self._ask, collect=False)
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                self._in_use = False
         return self
 
-    async def _alone(self, what: Coroutine[Any, Any, T]) -> T:
-        """Wait for it; whoever is cancelled meanwhile wants no more of the answer."""
+    def _begun(self) -> Call:
+        self._check_alone()
         try:
-            self._connection.check_loop()
-            if self._in_use:
-                raise RuntimeError("another task waits for this stream: a stream is for one task at a time")
-        except RuntimeError:
-            what.close()
-            raise
-        self._in_use = True
-        try:
-            return await what
+            self._call = call = self._connection.begin(self._ask, collect=False, later=True)
         except BaseException:
             self.close()
             raise
-        finally:
-            self._in_use = False
+        return call
+
+    def _check_alone(self) -> None:
+        """Raise RuntimeError where another task waits for this stream, and on another loop."""
+        self._connection.check_loop()
+        if self._in_use:
+            raise RuntimeError("another task waits for this stream: a stream is for one task at a time")

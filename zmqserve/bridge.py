@@ -15,6 +15,7 @@ import zmq
 from .asking import Asking, ClientOptions
 from .bridge_end import PipelineEnd, checked
 from .bridge_loop import BridgeLoop
+from .curve import OPEN_DOOR, exposed
 from .errors import InvalidParameter
 from .logs import Logger
 from .polled import PolledClient
@@ -40,6 +41,7 @@ class Bridge:
     model: of jobs that name none. concurrency: jobs asked at once. window: jobs taken whose results libzmq has not taken; beyond it no job
     is taken, and the pipeline waits (None: twice `concurrency`). ordered: results in the order of their jobs, not as they end.
     drain_s: how long `stop` goes on taking jobs while more arrive, 0: it takes none. job_bytes: a larger job gets an error.
+    insecure: bind `pull` and `push` where other machines may reach them, too: nobody is asked for a key there.
     context: yours, for inproc; it is left open. options: see ClientOptions; `timeout_s` is for jobs that name none.
 
     What may pass (no controller, no worker, full queues) makes a job wait, until its timeout; what is wrong with it is its result.
@@ -61,6 +63,7 @@ class Bridge:
         ordered: bool = False,
         drain_s: float = 10.0,
         job_bytes: int = 16 * 2**20,
+        insecure: bool = False,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         **options: Unpack[ClientOptions],
     ) -> None:
@@ -69,6 +72,9 @@ class Bridge:
         self._bind_pull, self._bind_push = check_switch("bind_pull", bind_pull), check_switch("bind_push", bind_push)
         self._pulls = checked("pull", pull, bind=bind_pull)
         self._pushes = checked("push", push, bind=bind_push)
+        bound = [*(self._pulls if bind_pull else ()), *(self._pushes if bind_push else ())]
+        remedy = "bind loopback or ipc, or set insecure (--insecure) in a network that you trust"
+        self._exposed = exposed(bound, insecure=check_switch("insecure", insecure), remedy=remedy)
         self._model = None if model is None else check_name("model", model)
         self._concurrency = _positive("concurrency", concurrency)
         self._window = 2 * concurrency if window is None else _positive("window", window)
@@ -114,6 +120,8 @@ class Bridge:
         if self._loop is None:
             self._loop = loop = self._bound()
             where = {"pull": loop.pull.endpoints, "push": loop.push.endpoints, "controllers": loop.client.endpoints}
+            if self._exposed:
+                log.warning("insecure", endpoints=self._exposed, why=OPEN_DOOR)
             log.info("bridge up", **where, model=self._model, concurrency=self._concurrency, window=self._window, ordered=self._ordered)
 
     def start(self) -> None:

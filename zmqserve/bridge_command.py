@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 
 from . import logs
-from .arguments import positive, seconds
+from .arguments import key_options, positive, seconds
 from .bridge import Bridge
 from .config import CLIENT_ENDPOINT
 
@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
         ordered=args.ordered,
         drain_s=args.drain,
         job_bytes=args.job_bytes,
+        insecure=args.insecure,
         timeout_s=args.timeout,
+        key=args.key,
+        controller_key=args.controller_key,
         name=args.name,
     )
 
@@ -58,6 +61,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help=f"a controller's client side; may be repeated (default {CLIENT_ENDPOINT})",
     )
+    key_options(parser, "clients")
     parser.add_argument("--concurrency", type=positive, default=64, metavar="N", help="jobs asked at one time (default 64)")
     parser.add_argument(
         "--window",
@@ -71,4 +75,5 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--drain", type=seconds, default=10.0, metavar="S", help="when told to stop: how long jobs that still arrive are taken (default 10)"
     )
     parser.add_argument("--job-bytes", type=positive, default=16 * 2**20, metavar="N", help="a larger job gets an error (default 16 MiB)")
+    parser.add_argument("--insecure", action="store_true", help="bind --pull and --push where other machines may reach them, too")
     parser.add_argument("--name", default="", help="what the controller shows for it")

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import bridge_results
 from .bridge_jobs import Envelope, Job
-from .errors import UnknownModel, ZmqserveError
+from .errors import Unauthenticated, UnknownModel, ZmqserveError
 from .liveness import Agenda, Backoff
 from .logs import Logger
 from .polled import Asked, Pending, PolledClient, PolledStream
@@ -158,7 +158,10 @@ class Runs:
 
     def _pause_s(self, now: float, run: _Run, error: ZmqserveError) -> float | None:
         """Seconds until it is asked again; None: the error is its result."""
-        passes = error.retryable or (isinstance(error, UnknownModel) and run.job.model in self._served)
+        # A key may be allowed in a while, and that it is not is no fault of the job.
+        passes = (
+            error.retryable or isinstance(error, Unauthenticated) or (isinstance(error, UnknownModel) and run.job.model in self._served)
+        )
         if not passes or run.began or not self.patient:
             return None
         if run.pauses is None:

@@ -13,28 +13,33 @@ from random import Random
 import msgspec
 
 from . import messages as m
+from .access import UNREAD, Access, Account, Keys, unauthenticated
 from .config import ControllerConfig
-from .delivery import SENT
+from .controls import Controls
 from .dispatch import POLICIES, Policy
-from .endings import error_message
+from .endings import count_error, error_message
 from .errors import (
     DeadlineExceeded,
     DuplicateRequest,
     GoingAway,
-    InvalidParameter,
-    MalformedMessage,
-    ProtocolMismatch,
     ZmqserveError,
 )
-from .flight import Envelope, Flight
+from .flight import Client, Envelope, Flight
 from .flights import Flights
 from .intake import Intake
-from .liveness import Agenda, Lease
+from .liveness import Agenda
+from .loglimit import LogLimit
 from .membership import Membership
-from .registry import NewPolicy, Registry, Worker
-from .status import model_status, snapshot
+from .pool import NewPolicy
+from .registry import Registry, Worker
+from .rules import Rules
 from .uplink import Uplink
-from .waiting import WaitingRoom
+from .waiting import Crowd, WaitingRoom
+
+OF_A_FLIGHT = frozenset({m.FIRST, m.DONE, m.FAILED, m.BUSY})
+"""Kinds of what a worker says of one request."""
+NO_REQUESTS = (1, 9, 10)
+"""Tags of Hello, Cancel and Ping: an error about one of these is none of a request."""
 
 
 class Broker:
@@ -52,20 +57,26 @@ class Broker:
         random: Random,
         new_epoch: Callable[[], int],
         now: float,
+        post_worker: Callable[[bytes, bytes, bytes], int] | None = None,
+        access: Access | None = None,
     ) -> None:
+        """`post_worker` is as `send_worker`, but may send a request some others later, and who is gone is told then."""
         self.config = config
+        self.access = access
         self.controller_id = controller_id
         self.version = version
         self.started_s = now
         self.agenda = Agenda()
-        turns = count(1)
-        self.registry = Registry(self._new_policy, lambda: WaitingRoom(config, turns))
+        self.report = LogLimit(report, now)
+        turns, crowd = count(1), Crowd()
+        self.registry = Registry(self._new_policy, lambda: WaitingRoom(config, turns, crowd))
         self.flights = Flights(
             config,
             self.registry,
             self.agenda,
+            crowd=crowd,
             send_client=send_client,
-            send_worker=send_worker,
+            send_worker=post_worker or send_worker,
             lose=lambda worker, why, now: self.members.lose(worker, why, now),
             look_after=lambda pool, now: self.members.look_after(pool, now),
             report=report,
@@ -79,9 +90,11 @@ class Broker:
             controller_id=controller_id,
             version=version,
             send_worker=send_worker,
-            report=report,
+            report=self.report,
             new_epoch=new_epoch,
+            access=access,
         )
+        self.controls = Controls(self, send_client, send_worker)
         self.intake = Intake(self.registry, config.max_attempts)
         self.uplinks: list[Uplink] = []
         self.counters = self.flights.counters
@@ -117,6 +130,7 @@ class Broker:
                 if client.lease is not None:
                     client.lease.heard_s = max(client.lease.heard_s, now)
         self._ticked_s = now
+        self.report.tick(now)
         self.agenda.run(now)
         due_s = self.agenda.next_s()
         for uplink in self.uplinks:
@@ -126,16 +140,21 @@ class Broker:
 
     # --- from clients
 
-    def from_client(self, now: float, envelope: Envelope, payload: bytes) -> None:
-        """Take one client-side message."""
+    def from_client(self, now: float, envelope: Envelope, payload: bytes, user: str | None = None) -> None:
+        """Take one client-side message. `user`: the key that its sender has proven to have; None for peers in this process."""
         header = self.intake.read(payload)
         try:
+            account = self.access.account(user, now) if self.access is not None and user is not None else None
+            client = self.flights.clients.get(envelope)
+            if client is not None and client.account is not account:  # it has gone, and another has taken its routing id
+                self.flights.delivery.detach(client, now, "client gone")
+                client = None
             if header is not None:
-                self._request(now, envelope, header, payload)
+                self._request(now, envelope, client, account, header, payload)
             else:
-                self._control(now, envelope, m.read(self._messages, payload))
+                self.controls.take(now, envelope, client, account, m.read(self._messages, payload))
         except ZmqserveError as error:
-            self.counters[f"errors: {type(error).__name__}"] += 1
+            count_error(self.counters, error)
             self._send_client(envelope, error_message(self._rid_of(payload), error))
 
     def _rid_of(self, payload: bytes) -> int:
@@ -143,91 +162,45 @@ class Broker:
             peek = self._peek.decode(payload)
         except (msgspec.DecodeError, RecursionError):
             return 0
-        return peek.rid if peek.tag not in (1, 10) and 0 < peek.rid <= m.MAX_RID else 0
+        return peek.rid if peek.tag not in NO_REQUESTS and 0 < peek.rid <= m.MAX_RID else 0
 
-    def _request(self, now: float, envelope: Envelope, header: m.RequestHeader, payload: bytes) -> None:
-        need = self.intake.need(header)
-        known = self.flights.clients.get(envelope)
+    def _request(
+        self, now: float, envelope: Envelope, known: Client | None, account: Account | None, header: m.RequestHeader, payload: bytes
+    ) -> None:
+        intake = self.intake
+        need = intake.need(header)
         if known is not None:
             if header.rid in known.flights:
                 raise DuplicateRequest(f"rid {header.rid} is in flight already: draw a new one for each request")
             if known.lease is not None:
                 known.lease.heard_s = now
-        pool = self.intake.pool(header, need)
-        self.flights.admit(known or self.flights.clients.of(envelope), header, need, pool, payload, now)
-
-    def _control(self, now: float, envelope: Envelope, message: object) -> None:
-        """A message for the controller itself."""
-        match message:
-            case m.Cancel(rid=rid):
-                client = self.flights.clients.get(envelope)
-                flight = client.flights.get(rid) if client is not None else None
-                if flight is not None:
-                    self.flights.cancel(flight, now, "cancelled")
-            case m.Ping():
-                self._ping(now, envelope, message)
-            case m.Hello():
-                self._hello(envelope, message)
-            case m.ListModels(rid=rid):
-                models = [model_status(pool) for pool in self.registry.pools.values() if pool.workers]
-                self._send_client(envelope, m.encode(m.Models(rid, models)))
-            case m.Status(rid=rid):
-                self._send_client(envelope, m.encode(m.StatusReply(rid, snapshot(self, now))))
-            case m.Drain():
-                self._drain(now, envelope, message)
-            case _:
-                raise MalformedMessage(f"{type(message).__name__}: no header could be read")
-
-    def _hello(self, envelope: Envelope, hello: m.Hello) -> None:
-        if hello.protocol != m.PROTOCOL:
-            text = f"this controller speaks protocol {m.PROTOCOL}, the client {hello.protocol}: use the same major version on both"
-            raise ProtocolMismatch(text, data={"controller": m.PROTOCOL, "client": hello.protocol})
-        config = self.config
-        limits = m.Limits(
-            message_bytes=config.message_bytes,
-            queue_requests=config.queue_requests,
-            queue_bytes=config.queue_bytes,
-            default_deadline_ms=int(config.default_deadline_s * 1000),
-            ttl_ms=int(config.ttl_s * 1000),
-            client_requests=config.client_requests,
-            client_bytes=config.client_bytes,
-        )
-        self._send_client(envelope, m.encode(m.Welcome(m.PROTOCOL, self.controller_id, limits, self.version)))
-
-    def _ping(self, now: float, envelope: Envelope, ping: m.Ping) -> None:
-        client = self.flights.clients.get(envelope)
-        if client is not None:
-            if client.lease is None:
-                client.lease = Lease(ping.ttl_ms / 1000, now)
-                self.flights.deadlines.watch(client, now)
-            client.lease.heard_s, client.lease.ttl_s = now, ping.ttl_ms / 1000
-        held = client.flights if client is not None else {}
-        self._send_client(envelope, m.encode(m.Pong(self.controller_id, [rid for rid in ping.rids if rid not in held or held[rid].told])))
-
-    def _drain(self, now: float, envelope: Envelope, drain: m.Drain) -> None:
-        worker = self.registry.by_name.get(drain.worker)
-        if worker is None:
-            names = sorted(self.registry.by_name)
-            raise InvalidParameter(
-                f"no worker is named {drain.worker!r}; there are: {', '.join(names[:20]) or 'none'}",
-                data={"parameter": "worker", "known": names[:100]},
-            )
-        grace_ms = drain.grace_ms or int(self.config.drain_grace_s * 1000)
-        self.members.start_draining(worker)
-        head = m.ControllerHead(m.DRAIN, worker.epoch, deadline_ms=grace_ms)
-        if self._send_worker(worker.identity, m.encode(head), b"") != SENT:
-            self.members.lose(worker, "connection lost", now)
-        self._send_client(envelope, m.encode(m.DrainReply(drain.rid, drain.worker, worker.running)))
+        if account is None:
+            pool = intake.pool(header, need)
+        else:
+            account.count(now)
+            verb = intake.verb(header, payload, account)
+            account.check_request(now, verb, header)
+            pool = intake.pool(header, need, account, verb)
+        self.flights.admit(known or self.flights.clients.of(envelope, account), header, need, pool, payload, now)
 
     # --- from workers
 
-    def from_worker(self, now: float, identity: bytes, head_bytes: bytes, payload: bytes, certain: bool = True) -> None:
+    def from_worker(
+        self, now: float, identity: bytes, head_bytes: bytes, payload: bytes, certain: bool = True, user: str | None = None
+    ) -> None:
         """Take one worker-side message. MORE in its canonical form goes past here, by `flights.routes`.
 
         Without `certain` the frames may be ones that another peer forged by sending too many (see relay.py): then only
-        what repeats a secret of the sender counts, its epoch or the number that came with REREGISTER.
+        what repeats a secret of the sender counts, its epoch or the number that came with REREGISTER. `user`: as for clients; UNREAD
+        where the message was put together from what a reader out of step had read.
         """
         worker = self.registry.workers.get(identity)
+        if worker is not None and self.access is not None and user not in (UNREAD, worker.user):
+            if not certain:  # another's frame behind its routing id
+                self.counters["dropped: forged"] += 1
+                return
+            self.members.lose(worker, "connection lost", now)  # and its routing id has been taken by another
+            worker = None
         try:
             head = self._heads.decode(head_bytes)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
@@ -236,7 +209,7 @@ class Broker:
                 self.members.violation(now, identity, "its head is not one of this protocol")
             return
         if head.kind == m.READY:
-            self._ready(now, identity, worker, head.epoch, payload, certain)
+            self._ready(now, identity, worker, head.epoch, payload, certain, user)
             return
         if worker is None:
             self.counters["dropped: unknown worker"] += 1
@@ -252,7 +225,7 @@ class Broker:
                 self.counters["dropped: no open flight"] += 1
             else:
                 self.flights.delivery.chunks(route.client, payload, now)
-        elif head.kind in (m.FIRST, m.DONE, m.FAILED, m.BUSY):
+        elif head.kind in OF_A_FLIGHT:
             flight = worker.flights.get((head.client, head.rid))
             if flight is None:
                 self.counters["dropped: no open flight"] += 1
@@ -267,6 +240,18 @@ class Broker:
         else:
             self.members.violation(now, identity, f"kind {head.kind} is not one that a worker sends")
 
+    def held(self) -> dict[str, int]:
+        """What memory goes to, as far as a broker knows. libzmq's own is not among it: messages that were never finished, and buffers."""
+        flights, registry = self.flights, self.registry
+        return {
+            "outbox_bytes": self.outbox_bytes(),
+            "waiting_bytes": sum(pool.waiting.bytes for pool in registry.pools.values()),
+            "request_bytes": flights.held_bytes,
+            "requests": flights.open,
+            "clients": len(flights.clients),
+            "workers": len(registry.workers),
+        }
+
     def shut_down(self, now: float) -> bool:
         """The controller is leaving: it says BYE to its parents, every request ends as GoingAway, and workers stop what they run for it.
 
@@ -280,12 +265,27 @@ class Broker:
             self.flights.delivery.detach(client, now, "shut down", GoingAway("the controller is shutting down", retry_after_ms=1000))
         return bool(clients or self.uplinks)
 
-    def _ready(self, now: float, identity: bytes, worker: Worker | None, number: int, payload: bytes, certain: bool) -> None:
+    def keys_changed(self, now: float, keys: Keys, rules: Rules | None) -> None:
+        """Other keys are let in than before, or other rules hold (None: the same). What is not allowed any more ends."""
+        access = self.access
+        if access is None:
+            raise RuntimeError("this controller was started without keys")
+        access.renew(keys, rules, now)
+        for worker in list(self.registry):
+            if worker.user is not None and (why := access.unfit(worker.user, worker.name, worker.cards.values())):
+                self.members.fence(worker, why, now, clean=True)
+        for client in list(self.flights.clients.values()):
+            if client.account is not None and client.account.key not in keys.clients:
+                self.flights.delivery.detach(client, now, "key revoked", unauthenticated())
+
+    def _ready(
+        self, now: float, identity: bytes, worker: Worker | None, number: int, payload: bytes, certain: bool, user: str | None
+    ) -> None:
         """READY registers a worker, anew with 0 or the number that came with REREGISTER; with its epoch it changes what it offers."""
         # Of several that are under way the last must win, so an unknown worker's changes of a registration that is over don't count.
         meant = (certain and number == 0) or (number == worker.epoch if worker is not None else self.members.was_told(identity, number))
         if meant:
-            self.members.register(now, identity, payload, update=worker is not None and number == worker.epoch)
+            self.members.register(now, identity, payload, update=worker is not None and number == worker.epoch, user=user)
         elif worker is None:
             self.members.tell_to_register(now, identity)
         else:

@@ -120,8 +120,6 @@ class Bulk:
 class Arrivals:
     """Tells which of several calls, opened with ``collect``, have ended; may be waited for like one. Calls end in any thread."""
 
-    sent = True
-
     def __init__(self) -> None:
         self.waiter: Callable[[], object] | None = None
         self.open: dict[Call, int] = {}
@@ -159,9 +157,6 @@ class Arrivals:
             self._woken(call)
 
     def _woken(self, call: Call) -> None:
-        if call.end is None:
-            self._watch(call)  # it has left, that is all
-            return
         index = self.open.pop(call, None)
         if index is not None:
             self._ended.append((index, call))

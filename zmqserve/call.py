@@ -75,25 +75,26 @@ class Call:
     `sent`: it has left, if only to a controller that was lost; `there`: the present controller has it. `pinged`: the first Ping that
     told it to that one, by number.
     `payload`: its bytes, while it waits to be sent. `round_ends`: how many endpoints have not answered when it is given up.
-    `waiter`: called once when the request has left, when there is something to read, or the end; whoever waits sets it anew.
+    `waiter`: called once when there is something to read, or the end; `on_left`: once when the request has left, or ended. Whoever waits
+    sets them anew.
     `end`: how it ended: the answer, an error, or Cancel when the caller gave it up. Set after the last chunk was put into `chunks`,
     so a reader that saw an end and then no chunk has read all.
     """
 
     __slots__ = (
         "_joining",
+        "_room_bytes",
         "chunks",
         "deadline_s",
         "end",
         "fingerprint",
         "next_seq",
+        "on_left",
         "patient",
         "pause",
         "payload",
         "pinged",
-        "read_bytes",
         "received",
-        "received_bytes",
         "recovery",
         "request",
         "resume",
@@ -126,15 +127,14 @@ class Call:
         choices = request.params.n if isinstance(request, Generate) else 0
         self.received = [Received() for _ in range(choices)]
         self.chunks: deque[Chunk] | None = None if collect else deque()
-        # Two counters with one writer each: the session adds to the one and the reader to the other, so neither needs a lock.
-        self.received_bytes = 0
-        self.read_bytes = 0
+        self._room_bytes = 0
         self.end: End | None = None
         self.deadline_s: float | None = None
         self.timer: Timer | None = None
         self.pause: Timer | None = None
         self.recovery: Recovery | None = None
         self.waiter: Callable[[], object] | None = None
+        self.on_left: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         way = "sent" if self.there else "held"
@@ -149,15 +149,11 @@ class Call:
     @property
     def unread_bytes(self) -> int:
         """About how much memory the unread chunks hold."""
-        return self.received_bytes - self.read_bytes
+        return sum(map(_weight, list(self.chunks or ())))
 
     def take(self) -> Chunk | None:
         """The next unread chunk; None when there is none. For the one reader."""
-        if not self.chunks:
-            return None
-        chunk = self.chunks.popleft()
-        self.read_bytes += weight(chunk)
-        return chunk
+        return self.chunks.popleft() if self.chunks else None
 
     def left(self) -> None:
         """The controller will get it: what of the answer is missing is to come."""
@@ -167,7 +163,7 @@ class Call:
         self._joining = self.next_seq > 0
         if not self.sent:
             self.sent = True
-            self.wake()
+            self._tell_left()
 
     def begin(self, now: float, fingerprint: str | None) -> bool:
         """The first word of a worker has come. False when it is not of the model that began the answer."""
@@ -183,34 +179,46 @@ class Call:
     def put(self, chunk: Chunk, buffer_bytes: int) -> ZmqserveError | None:
         """Record a chunk, and wake the reader if it reads chunks. Returns what is wrong with it instead: it is not the next one, not one
         at all, or more than may lie unread."""
-        if chunk.seq != self.next_seq:
-            return gap(self.next_seq, chunk.seq)
-        if not 0 <= chunk.index < len(self.received) or len(chunk.token_ids) & 3:
-            return MalformedMessage(f"chunk {chunk.seq} is of no such choice ({chunk.index}), or its token ids are cut")
-        if self.chunks and self.unread_bytes + weight(chunk) > buffer_bytes:
-            unread = f"{len(self.chunks)} chunks ({self.unread_bytes} bytes) of this stream wait to be read"
-            return SlowConsumer(f"{unread}, the limit is {buffer_bytes}", data={"limit_bytes": buffer_bytes})
-        self.next_seq = chunk.seq + 1
-        received = self.received[chunk.index]
+        seq, index, ids, chunks = chunk.seq, chunk.index, chunk.token_ids, self.chunks
+        ids_bytes = len(ids)
+        if seq != self.next_seq:
+            return gap(self.next_seq, seq)
+        if not 0 <= index < len(self.received) or ids_bytes & 3:
+            return MalformedMessage(f"chunk {seq} is of no such choice ({index}), or its token ids are cut")
+        if chunks is not None:
+            size = CHUNK_BYTES + len(chunk.text) + ids_bytes if chunk.logprobs is None else _weight(chunk)
+            # At least so much may still lie unread. Where it runs out it is counted anew, since the reader takes without a word.
+            room = (self._room_bytes if chunks else buffer_bytes) - size
+            if room < 0 and chunks:
+                unread = self.unread_bytes
+                room = buffer_bytes - unread - size
+                if room < 0 and unread:
+                    waits = f"{len(chunks)} chunks ({unread} bytes) of this stream wait to be read"
+                    return SlowConsumer(f"{waits}, the limit is {buffer_bytes}", data={"limit_bytes": buffer_bytes})
+            self._room_bytes = room
+        self.next_seq = seq + 1
+        received = self.received[index]
         received.texts.append(chunk.text)
-        received.token_ids += chunk.token_ids
+        received.token_ids += ids
         if chunk.logprobs is not None:
             if received.logprobs is None:
                 received.logprobs = []
             received.logprobs += chunk.logprobs
-        if self.chunks is not None:
-            self.received_bytes += weight(chunk)
-            self.chunks.append(chunk)
-            self.wake()
+        if chunks is not None:
+            chunks.append(chunk)
+            if self.waiter is not None:
+                self.wake()
         return None
 
     def finish(self, end: End) -> None:
         """Nothing more will come; wake the reader."""
-        for timer in (self.timer, self.pause):
-            if timer is not None:
-                timer.cancel()
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.pause is not None:
+            self.pause.cancel()
         self.end = end
         self.wake()
+        self._tell_left()
 
     def wake(self) -> None:
         """Call the waiter, once."""
@@ -219,6 +227,38 @@ class Call:
             self.waiter = None
             waiter()
 
+    def _tell_left(self) -> None:
+        on_left = self.on_left
+        if on_left is not None:
+            self.on_left = None
+            on_left()
+
+
+class Leaving:
+    """The wait until a call has left, or has ended; to be waited for like a call."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __repr__(self) -> str:
+        return f"Leaving({self._call!r})"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is over."""
+        return self._call.sent or self._call.end is not None
+
+    @property
+    def waiter(self) -> Callable[[], object] | None:
+        """What is called then, once."""
+        return self._call.on_left
+
+    @waiter.setter
+    def waiter(self, waiter: Callable[[], object] | None) -> None:
+        self._call.on_left = waiter
+
 
 def gap(expected: int, got: int) -> StreamGap:
     """The error for a chunk, or an end, that is not the next."""
@@ -226,7 +266,7 @@ def gap(expected: int, got: int) -> StreamGap:
     return StreamGap(f"{what}: expected seq {expected}, got {got}", data={"expected": expected, "got": got})
 
 
-def weight(chunk: Chunk) -> int:
+def _weight(chunk: Chunk) -> int:
     """About how many bytes an unread chunk holds."""
     size = CHUNK_BYTES + len(chunk.text) + len(chunk.token_ids)
     if chunk.logprobs is not None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import bridge_command, logs, plugins, up
-from .arguments import filled, positive, seconds
+from . import bridge_command, keys_command, logs, plugins, up
+from .arguments import curve_options, filled, key_options, positive, seconds
 from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
 from .controller import Controller
 from .dispatch import POLICIES
-from .errors import ConnectionFailed, InvalidParameter, RequestError, ZmqserveError
+from .errors import ConnectionFailed, InvalidParameter, MemoryExceeded, RequestError, ZmqserveError
 from .params import SamplingParams, build
 from .terminal import figures, printing, table
 from .worker import BaseModelWorker, WorkerConfig
@@ -25,12 +25,15 @@ from .worker import BaseModelWorker, WorkerConfig
 if TYPE_CHECKING:
     from .client import Client
 
-USAGE, FAILED, UNREACHABLE, INTERRUPTED = 2, 1, 3, 130
+USAGE, FAILED, UNREACHABLE, MEMORY, INTERRUPTED = 2, 1, 3, 4, 130
 EXIT_CODES = """exit codes:
-  0 it worked   1 the request failed   2 wrong arguments   3 no controller answered   130 interrupted
+  0 it worked   1 the request failed   2 wrong arguments   3 no controller answered
+  4 the controller ended: its process held more than memory_bytes   130 interrupted
 
 environment:
-  ZMQSERVE_CONTROLLER   the controller's client endpoint(s), separated by commas, where --controller is not given"""
+  ZMQSERVE_CONTROLLER       the controller's client endpoint(s), separated by commas, where --controller is not given
+  ZMQSERVE_KEY              for clients and workers: as --key, where neither that nor --controller-key is given
+  ZMQSERVE_CONTROLLER_KEY   likewise: as --controller-key; several are separated by commas"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"zmqserve: {error}", file=sys.stderr)
         if isinstance(error, ConnectionFailed):
             return UNREACHABLE
+        if isinstance(error, MemoryExceeded):
+            return MEMORY
         return USAGE if isinstance(error, InvalidParameter) else FAILED
 
 
@@ -60,7 +65,16 @@ def controller(args: argparse.Namespace) -> int:
     """Run a controller until SIGINT or SIGTERM."""
     logs.configure(args.log_level, args.log_json)
     config = load_config(
-        args.config, clients=args.clients, workers=args.workers, parents=args.parent, name=args.name, dispatch=args.dispatch
+        args.config,
+        clients=args.clients,
+        workers=args.workers,
+        parents=args.parent,
+        name=args.name,
+        dispatch=args.dispatch,
+        curve_dir=args.curve_dir,
+        insecure=args.insecure,
+        parent_key=args.parent_key,
+        parent_controller_key=args.parent_controller_key,
     )
     broker = Controller(config)
     broker.bind()
@@ -70,6 +84,8 @@ def controller(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    if config.curve_dir is not None:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: broker.reload())
     broker.run()
     return 0
 
@@ -88,6 +104,8 @@ def worker(args: argparse.Namespace) -> int:
         slots=args.slots,
         speed=args.speed,
         grace_s=args.grace,
+        key=args.key,
+        controller_key=args.controller_key,
     )
     backend.from_arguments(config, args).run()
     return 0
@@ -193,7 +211,8 @@ def drain(args: argparse.Namespace) -> int:
 def _client(args: argparse.Namespace) -> Client:
     from .client import Client
 
-    return Client(args.controller, timeout_s=args.timeout, connect_timeout_s=args.connect_timeout)
+    keys = {"key": args.key, "controller_key": args.controller_key}
+    return Client(args.controller, timeout_s=args.timeout, connect_timeout_s=args.connect_timeout, **keys)
 
 
 # --- arguments ---------------------------------------------------------------------------------
@@ -229,7 +248,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         metavar="ENDPOINT",
         help="the worker side of a controller above, to be a worker of; may be repeated (default none)",
     )
+    serve.add_argument("--parent-key", metavar="FILE", help="the pair of keys by which parents know this controller, for CURVE")
+    serve.add_argument(
+        "--parent-controller-key",
+        action="append",
+        metavar="FILE",
+        help="the key of a parent's port for workers; one, or one for each",
+    )
     serve.add_argument("--name", help="what parents know this controller by (default: controller, host and a random suffix)")
+    curve_options(serve)
     serve.add_argument("--config", type=Path, metavar="FILE", help="TOML with any of ControllerConfig's settings; options win over it")
     _log_options(serve)
 
@@ -241,6 +268,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     work.add_argument(
         "--worker-name", metavar="NAME", help="the worker's own name in status and logs (default: backend, host and a random suffix)"
     )
+    key_options(work, "workers")
     work.add_argument("--exit-with-parent", type=positive, metavar="PID", help=argparse.SUPPRESS)
     _log_options(work)
 
@@ -251,6 +279,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     both.add_argument("--clients", action="append", metavar="ENDPOINT", help=f"bind for clients (default {CLIENT_ENDPOINT})")
     both.add_argument("--workers", action="append", metavar="ENDPOINT", help=f"bind for workers (default {WORKER_ENDPOINT})")
     both.add_argument("--dispatch", choices=sorted(POLICIES), help="how a worker is chosen (default shortest_queue)")
+    both.add_argument("--key", metavar="FILE", help="with --curve-dir: the workers' pair of keys, which DIR/workers must allow")
+    curve_options(both)
     _log_options(both)
     both.set_defaults(arguments=list(arguments))
 
@@ -278,6 +308,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     state = command("status", printing(status), "show the controller's workers, models and queues")
     state.add_argument("--json", action="store_true", help="everything, as JSON")
     _client_options(state)
+    keys = commands.add_parser("keys", help="make keys for CURVE, and say whose a controller allows", allow_abbrev=False)
+    keys_command.options(keys)
     leave = command("drain", printing(drain), "let a worker finish what it runs, give it nothing new, and let it go")
     leave.add_argument("worker", help="a name that `zmqserve status` lists")
     leave.add_argument("--grace", type=float, metavar="S", help="seconds until the rest of its requests move (default: the controller's)")
@@ -318,6 +350,7 @@ def _client_options(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help=f"the controller's client side; may be repeated (default {CLIENT_ENDPOINT})",
     )
+    key_options(parser, "clients")
     parser.add_argument(
         "--connect-timeout", type=float, default=0.5, metavar="S", help="what each controller may take to answer (default 0.5)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .access import Account
 from .flight import Client, Envelope
 
 
@@ -13,12 +14,12 @@ class Clients(dict[Envelope, Client]):
         self._connections: dict[bytes, dict[int, Client]] = {}
         self._numbers = 0
 
-    def of(self, envelope: Envelope) -> Client:
-        """The client with this envelope, known or new."""
+    def of(self, envelope: Envelope, account: Account | None = None) -> Client:
+        """The client with this envelope, known or new; a new one has this account."""
         client = self.get(envelope)
         if client is None:
             self._numbers += 1
-            client = self[envelope] = Client(envelope, self._numbers)
+            client = self[envelope] = Client(envelope, self._numbers, account)
             self._connections.setdefault(envelope[0], {})[client.number] = client
         return client
 

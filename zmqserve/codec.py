@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import sys
 from array import array
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ class _Tag(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 T = TypeVar("T")
+_one_id = struct.Struct("<I").unpack
 _tag = msgspec.msgpack.Decoder(_Tag)
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
@@ -80,6 +82,8 @@ def pack_ids(ids: Iterable[int]) -> bytes:
 
 def unpack_ids(data: bytes) -> list[int]:
     """The reverse of `pack_ids`; MalformedMessage when `data` is not whole u32s."""
+    if len(data) == 4:
+        return [*_one_id(data)]  # nearly always
     if len(data) % 4:
         raise MalformedMessage(f"token ids are u32, 4 bytes each: got {len(data)} bytes")
     ids = array("I", data)

@@ -23,7 +23,7 @@ import zmq
 
 from . import forks
 from .asking import Ask, Asking
-from .call import Call
+from .call import Call, Leaving
 from .errors import ZmqserveError
 from .keeper import Keeper
 from .liveness import BEATS_PER_TTL
@@ -117,7 +117,7 @@ class Connection:
         call = self.begin(ask, collect=collect)
         if not call.sent:
             try:
-                self._wait(call, for_sent=True)
+                self.wait(Leaving(call))
             except BaseException:
                 self.cancel(call)
                 raise
@@ -150,21 +150,6 @@ class Connection:
 
     def wait(self, call: Awaited) -> None:
         """Sleep until `call` has something to read or has ended. One thread per call."""
-        self._wait(call, for_sent=False)
-
-    def drain(self, timeout_s: float | None) -> bool:
-        """Take no new requests, sleep until none is open, or for `timeout_s`, and close. Returns whether all ended by themselves."""
-        self._check_outside()
-        with self._mutex:
-            if self._pump.closed:
-                return True
-            draining = self._pump.session.drain(monotonic(), timeout_s)
-            self._call_keeper()
-        self.wait(draining)
-        self.close()
-        return draining.whole
-
-    def _wait(self, call: Awaited, *, for_sent: bool) -> None:
         self._check_outside()
         seat = _Seat(call)
         pump, line = self._pump, self._pump.line
@@ -177,7 +162,7 @@ class Connection:
                     if leads:
                         line.bell.clear()
                         pump.turn(call, woken=woken)
-                    if call.ready or (for_sent and call.sent):
+                    if call.ready:
                         if leads:
                             self._hand_over()
                         return
@@ -200,6 +185,18 @@ class Connection:
             with self._mutex:
                 self._leave(seat)
             raise
+
+    def drain(self, timeout_s: float | None) -> bool:
+        """Take no new requests, sleep until none is open, or for `timeout_s`, and close. Returns whether all ended by themselves."""
+        self._check_outside()
+        with self._mutex:
+            if self._pump.closed:
+                return True
+            draining = self._pump.session.drain(monotonic(), timeout_s)
+            self._call_keeper()
+        self.wait(draining)
+        self.close()
+        return draining.whole
 
     def close(self) -> None:
         """Cancel what is open, wake everybody, close the socket. Harmless when it is closed."""

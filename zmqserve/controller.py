@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
 from math import ceil
+from pathlib import Path
 from random import Random
 from socket import gethostname
 from types import TracebackType
@@ -19,9 +21,14 @@ import zmq
 
 from .broker import Broker
 from .config import ControllerConfig, load_config
+from .curve import OPEN_DOOR, exposed
+from .errors import MemoryExceeded
+from .gate import Gate
 from .logs import Logger
+from .memory import MemoryWatch, default_limit_bytes, memory_exceeded
 from .parents import Parents
-from .relay import Port, Relay
+from .port import Port
+from .relay import Relay, key_of, user_of
 from .release import installed_version
 from .sockets import Binding, Monitor, SocketLimits, plain, raise_descriptor_limit, router
 
@@ -29,6 +36,7 @@ log = Logger("zmqserve.controller")
 
 DRAIN = 256
 """Messages read from one socket before the other gets its turn. One a poll would be 2.6 times slower than 64."""
+FEW_DESCRIPTORS = 1024
 LAST_WORDS = 1024
 """Messages read of workers when a connection has broken, before it is asked whose it was."""
 MOST_POLL_S = 0.25
@@ -43,7 +51,8 @@ class Controller:
     """Broker of a network. `start()` and `stop()` run it in a thread, `run()` in the calling one until `stop()`.
 
     `config` says all; keywords change single settings of it. `context`: yours, for inproc endpoints; else its own. When you end it, the
-    controller ends. Raises InvalidParameter, and BindFailed or InvalidEndpoint from `start`, `run` or `bind`.
+    controller ends. Raises InvalidParameter, and BindFailed or InvalidEndpoint from `start`, `run` or `bind`. When the process holds more
+    memory than the controller may let it (`memory_bytes`), it ends; `run` raises MemoryExceeded then, or `stop` after `start`.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class Controller:
         self._bindings: list[Binding] = []
         self._relay: Relay | None = None
         self._parents: Parents | None = None
+        self._gate: Gate | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._stopping = self._running = False
@@ -93,7 +103,10 @@ class Controller:
         self._relay = self._relay or self._bound()
 
     def _bound(self) -> Relay:
-        raise_descriptor_limit()
+        descriptors = raise_descriptor_limit()
+        if descriptors < FEW_DESCRIPTORS:
+            why = "each peer takes one, and beyond the limit nobody new is heard: raise the hard limit (ulimit -Hn)"
+            self._report("few file descriptors", level="warning", limit=descriptors, why=why)
         self.id = secrets.token_hex(8)
         config = self.config
         self._context = self._context or zmq.Context()
@@ -102,7 +115,11 @@ class Controller:
         os.set_blocking(self._wake_w, False)
         sockets: list[zmq.Socket[bytes]] = []
         try:
+            self._check_exposure()
             sockets += (router(self._context, limits), router(self._context, limits))
+            if config.curve_dir is not None:
+                self._gate = Gate(Path(config.curve_dir), self._context, self._report, handshakes_per_s=config.handshakes_per_s)
+                self._gate.guard(*sockets)
             for socket, endpoints, bound in zip(
                 sockets, (config.clients, config.workers), (self.client_endpoints, self.worker_endpoints), strict=True
             ):
@@ -114,21 +131,35 @@ class Controller:
             self._close(sockets)
             raise
 
+    def _check_exposure(self) -> None:
+        """What other machines may reach is guarded by keys, or knowingly not."""
+        if self.config.curve_dir is None:
+            remedy = "give --curve-dir (`zmqserve keys init DIR` makes one), or --insecure in a network that you trust"
+            found = exposed([*self.config.clients, *self.config.workers], insecure=self.config.insecure, remedy=remedy)
+            if found:
+                self._report("insecure", level="warning", endpoints=found, why=OPEN_DOOR)
+
     def _relay_of(self, sockets: list[zmq.Socket[bytes]]) -> Relay:
         config = self.config
         clients = Port(sockets[0], config.outbox_bytes, total_bytes=config.outbox_total_bytes)
-        workers = Port(sockets[1], config.outbox_bytes)
+        workers = Port(sockets[1], config.outbox_bytes, total_bytes=config.outbox_total_bytes)
         broker = Broker(
             config,
             controller_id=self.id,
             version=installed_version(),
-            send_client=lambda envelope, payload: clients.send(*envelope, payload),
+            send_client=lambda envelope, payload: clients.post(*envelope, payload),
             send_worker=workers.send,
+            post_worker=workers.post,
             report=self._report,
             random=Random(config.seed),
             new_epoch=lambda: secrets.randbits(63) | 1,
             now=time.monotonic(),
+            access=None if self._gate is None else self._gate.access,
         )
+        if self._gate is not None:
+            self._gate.attach(broker)
+        if self._reporter is _log:
+            broker.flights.reports_requests = lambda: log.writes(logging.INFO)
         broker.endpoints = (self.client_endpoints, self.worker_endpoints)
         broker.outbox_bytes = lambda: clients.waiting_bytes + workers.waiting_bytes
         broker.outbox_drops = lambda: clients.dropped + workers.dropped
@@ -137,7 +168,20 @@ class Controller:
             self._parents = Parents(broker, self._context, name, self._report, Random(), time.monotonic())
         ends = {"clients": self.client_endpoints, "workers": self.worker_endpoints}
         self._report("controller up", controller=self.id, **ends, dispatch=config.dispatch)
-        return Relay(broker, clients, workers)
+        within = any(endpoint.startswith("inproc://") for endpoint in (*config.clients, *config.workers))
+        return Relay(broker, clients, workers, None if self._gate is None else user_of if within else key_of)
+
+    def reload(self) -> None:
+        """Look at the folder of keys at once, not within the second; from any thread or a signal handler."""
+        if self._gate is not None:
+            self._gate.look_soon()
+            self._wake()
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_w >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self._wake_w, b"x")
 
     def start(self) -> None:
         """Bind, and run in a thread of its own."""
@@ -149,16 +193,18 @@ class Controller:
         self._thread = threading.Thread(target=self._run_in_thread, name="zmqserve-controller", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread of `start` serves. It ends by itself only when the context does, when memory is exceeded, or by a bug."""
+        return self._thread is not None and self._thread.is_alive()
+
     def stop(self) -> None:
         """Stop from any thread or a signal handler: clients are told, sockets closed.
 
         Waits for the thread of `start`, and raises what broke it, if something did.
         """
         self._stopping = True
-        with self._wake_lock:
-            if self._wake_w >= 0:
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._wake_w, b"x")
+        self._wake()
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -171,12 +217,13 @@ class Controller:
             raise failure
 
     def run(self) -> None:
-        """Serve in this thread until `stop`."""
+        """Serve in this thread until `stop`. Raises MemoryExceeded."""
         self._running = True
+        exceeded: MemoryExceeded | None = None
         try:
             relay = self._relay = self._relay or self._bound()
             try:
-                self._loop(relay)
+                exceeded = self._loop(relay)
                 if relay.broker.shut_down(time.monotonic()):
                     self._farewell(relay)
             except zmq.ContextTerminated:
@@ -187,22 +234,37 @@ class Controller:
                 self._close([relay.clients.socket, relay.workers.socket])
         finally:
             self._running = self._stopping = False
+        if exceeded is not None:
+            raise exceeded
 
     def _run_in_thread(self) -> None:
         try:
             self.run()
+        except MemoryExceeded as error:  # it has said so
+            self._failure = error
         except BaseException as error:
             self._failure = error
             log.exception("controller crashed")
 
-    def _loop(self, relay: Relay) -> None:
+    def _loop(self, relay: Relay) -> MemoryExceeded | None:
+        """Serve until `stop`, or until memory is exceeded."""
         broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket
         pollin = int(zmq.POLLIN)
         most_poll_s = min(MOST_POLL_S, self.config.ttl_s / 6)
-        with contextlib.closing(Monitor(workers)) as monitor:
+        gate = self._gate
+        limit_bytes = default_limit_bytes() if self.config.memory_bytes is None else self.config.memory_bytes
+        with contextlib.ExitStack() as stack:
+            memory = stack.enter_context(contextlib.closing(MemoryWatch(limit_bytes)))
+            monitor = stack.enter_context(contextlib.closing(Monitor(workers) if gate is None else gate.watch(workers)))
             watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (monitor.fd, pollin), (self._wake_r, pollin)]
+            if gate is not None:
+                door = stack.enter_context(contextlib.closing(gate.watch(clients)))
+                watched += [(gate.socket, pollin), (door.fd, pollin)]
             while not self._stopping:
                 now = time.monotonic()
+                if held_bytes := memory.look(now):
+                    self._report("memory exceeded", level="critical", held_bytes=held_bytes, limit_bytes=limit_bytes, **broker.held())
+                    return memory_exceeded(held_bytes, limit_bytes)
                 due_s = broker.tick(now)
                 retry_s = None
                 if relay.clients.outboxes or relay.workers.outboxes:
@@ -221,6 +283,15 @@ class Controller:
                 if monitor.fd in ready and monitor.take():
                     relay.from_workers(now, LAST_WORDS)  # a BYE that came before its connection broke is heard before
                     broker.members.disconnected(now)
+                if self._wake_r in ready:
+                    os.read(self._wake_r, 4096)
+                if gate is not None:
+                    if gate.socket in ready:
+                        gate.serve(now)
+                    if door.fd in ready:
+                        door.take()
+                    gate.look(now)
+        return None
 
     def _farewell(self, relay: Relay) -> None:
         until_s = time.monotonic() + FAREWELL_S
@@ -240,6 +311,9 @@ class Controller:
             binding.unbind()
         for socket in sockets:
             socket.close(linger=LINGER_MS)
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
         if self._own_context and self._context is not None:
             self._context.term()
             self._context = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from math import ceil
 from typing import Any, Protocol
 
 from .admission import admit
@@ -26,6 +27,9 @@ from .messages import (
     decoder,
     read,
 )
+
+DEADLINE_STEP_S = 0.01
+"""Deadlines within so much of each other share a timer of the event loop, which costs as much as decoding a request. None is early."""
 
 _requests = decoder(Request)
 
@@ -77,6 +81,7 @@ class Desk:
         self._spawn = spawn
         self._turn = Turn(call_soon, out.wake, now)
         self._lanes: set[Lane] = set()
+        self._due: dict[int, dict[Answer, None]] = {}
 
     def __repr__(self) -> str:
         return f"Desk({sum(len(lane.answers) for lane in self._lanes)} answers)"
@@ -105,7 +110,7 @@ class Desk:
             deadline_s = None
             if head.deadline_ms is not None:
                 deadline_s = arrived_s + head.deadline_ms / 1000
-                answer.timer = self._call_at(deadline_s, self.stop, answer, "deadline")
+                self._watch(answer, deadline_s)
             if isinstance(request, Generate):
                 self._backend.begin(Job(request, answer, deadline_s, card.fingerprint))
             else:
@@ -152,6 +157,20 @@ class Desk:
     def drive(self, job: Job) -> None:
         """Answer with the backend's `generate`, in a task."""
         self._in_task(job.answer, self._take_deltas, job)
+
+    def _watch(self, answer: Answer, deadline_s: float) -> None:
+        """Stop it when its time is up. By then it may have ended, and left `due`."""
+        step = ceil(deadline_s / DEADLINE_STEP_S)
+        due = self._due.get(step)
+        if due is None:
+            due = self._due[step] = {}
+            self._call_at(step * DEADLINE_STEP_S, self._expire, step)
+        due[answer] = None
+        answer.due = due
+
+    def _expire(self, step: int) -> None:
+        for answer in list(self._due.pop(step)):
+            self.stop(answer, "deadline")
 
     def _in_task(self, answer: Answer, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """An exception of `function` is the answer's."""

@@ -90,16 +90,20 @@ class ShortestQueue(Policy[W]):
             self.remove(worker)
             return
         key = worker.load / worker.speed
-        old = self._key_of.get(worker)
+        buckets, old = self._buckets, self._key_of.get(worker)
         if key == old:
             return
+        self._key_of[worker] = key
+        bucket = buckets.get(key)
+        if bucket is None:
+            heapq.heappush(self._heap, key)
+            if old is not None and len(buckets[old].members) == 1:  # alone there, as here: it takes its bucket along
+                buckets[key] = buckets.pop(old)
+                self._tidy()
+                return
+            bucket = buckets[key] = _Bucket()
         if old is not None:
             self._leave(old, worker)
-        self._key_of[worker] = key
-        bucket = self._buckets.get(key)
-        if bucket is None:
-            bucket = self._buckets[key] = _Bucket()
-            heapq.heappush(self._heap, key)
         bucket.add(worker)
 
     def pick(self, random: Random, allowed: Allowed[W] = None) -> W | None:
@@ -125,9 +129,13 @@ class ShortestQueue(Policy[W]):
         bucket.discard(worker)
         if not bucket.members:
             del self._buckets[key]
-            if len(self._heap) > 2 * len(self._buckets) + 64:
-                self._heap[:] = self._buckets
-                heapq.heapify(self._heap)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Keys without a bucket leave the heap when they are its larger part."""
+        if len(self._heap) > 2 * len(self._buckets) + 64:
+            self._heap[:] = self._buckets
+            heapq.heapify(self._heap)
 
 
 class _Bucket(Generic[W]):

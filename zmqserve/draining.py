@@ -8,8 +8,6 @@ from collections.abc import Callable, Sized
 class Draining:
     """The wait until nothing is open any more. `whole`: whether all ended by themselves."""
 
-    sent = True
-
     def __init__(self, calls: Sized) -> None:
         self.whole = True
         self.waiter: Callable[[], object] | None = None

@@ -76,15 +76,15 @@ class Driven:
         if pump.line.dirty or pump.abandoned:
             self.stir()
 
-    def open(self, ask: Ask, *, collect: bool) -> Call:
-        """Begin a request; see Session.open. It leaves now, or once a controller answers."""
+    def open(self, ask: Ask, *, collect: bool, later: bool = False) -> Call:
+        """Begin a request; see Session.open. It leaves now (`later`: in the next `process`), or once a controller answers."""
         pump, now = self.pump, monotonic()
         if pump.closed:
             raise closed()
         if not pump.session.calls:
             # Perhaps nobody has looked for long.
             pump.look_for_break(now)
-        call = pump.open(now, ask, collect=collect)
+        call = pump.open(now, ask, collect=collect, later=later)
         self.stir()
         return call
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from . import messages as m
-from .errors import DeadlineExceeded, SlowConsumer, WorkerLost, ZmqserveError
+from .errors import DeadlineExceeded, Overloaded, SlowConsumer, WorkerLost, ZmqserveError
 from .flight import Flight
+
+RETRY_MS = 1000
+"""Where nobody knows when there will be room again."""
 
 
 def error_message(rid: int, error: ZmqserveError) -> bytes:
@@ -26,6 +31,19 @@ def slow_consumer(outbox_bytes: int, outbox_total_bytes: int) -> SlowConsumer:
     """For the requests of a client that does not read."""
     text = "the client did not read: what waits for it, or for all clients together, reached its limit"
     return SlowConsumer(text, data={"outbox_bytes": outbox_bytes, "outbox_total_bytes": outbox_total_bytes})
+
+
+def count_error(counters: Counter[str], error: ZmqserveError) -> None:
+    """An error by its class and, where it is about one of the controller's limits, by the limit's name."""
+    counters[f"errors: {type(error).__name__}"] += 1
+    bound = error.data.get("bound")
+    if bound:
+        counters[f"over limit: {bound}"] += 1
+
+
+def overloaded(bound: str, limit: int, what: str) -> Overloaded:
+    """For what would go over one of a controller's bounds, which is named as its setting."""
+    return Overloaded(f"{what}: the limit is {limit} ({bound})", retry_after_ms=RETRY_MS, data={"bound": bound, "limit": limit})
 
 
 def worker_lost(flight: Flight, worker: str, why: str, max_attempts: int, beside: int) -> WorkerLost:

@@ -11,9 +11,12 @@
     │   ├── ContextOverflow            40303  .context_length .tokens
     │   ├── Unsupported                40304  the model's backend cannot do that
     │   ├── DuplicateRequest           40901  a rid that is already in flight
+    │   ├── PermissionDenied           40104  the key may not do that
     │   └── Refused                    40103  a worker's registration was turned down for good
     ├── RetryLater                   the same request may work later; .retry_after_ms
     │   ├── Overloaded                 42903  queue full
+    │   ├── RateLimited                42901  the key's requests a second, or in flight
+    │   ├── QuotaExceeded              42902  the key's tokens a second
     │   ├── ModelLoading               50301
     │   ├── NoWorker                   50005
     │   ├── WorkerLost                 50007
@@ -24,10 +27,12 @@
     │   ├── OutOfMemory                50002
     │   └── UpstreamError              50201  a remote API behind the worker
     ├── BindFailed                   choose another endpoint, or stop who has it; 50405
+    ├── MemoryExceeded               give the controller more memory, or lower its limits; 50406
     └── ConnectionFailed             the way to the controller
         ├── ControllerUnreachable    50401  .endpoints
         ├── ControllerLost           50402  it answered before and is silent now
         ├── ProtocolMismatch         40003  .retryable is False
+        ├── Unauthenticated          40102  .retryable is False: no controller lets this key in
         └── StreamGap                50403  a chunk is missing: seq jumped
 
 Codes keep FastChat's numbers (``fastchat.constants.ErrorCode``) where it has one.
@@ -127,6 +132,12 @@ class DuplicateRequest(RequestError):
     code = 40901
 
 
+class PermissionDenied(RequestError):
+    """The key may not do that. Whether what was asked for exists is not told."""
+
+    code = 40104
+
+
 class Refused(RequestError):
     """A controller turned a worker's registration down for good."""
 
@@ -144,6 +155,18 @@ class Overloaded(RetryLater):
     """The queue is full."""
 
     code = 42903
+
+
+class RateLimited(RetryLater):
+    """The key has sent too many requests in this time, or has too many in flight."""
+
+    code = 42901
+
+
+class QuotaExceeded(RetryLater):
+    """The key has used up its tokens for now."""
+
+    code = 42902
 
 
 class ModelLoading(RetryLater):
@@ -221,6 +244,12 @@ class BindFailed(ZmqserveError):
         super().__init__(f"cannot bind {endpoint}: {why}; {hint}", data={"endpoint": endpoint, "errno": errno or 0})
 
 
+class MemoryExceeded(ZmqserveError):
+    """A controller ended itself because its process held more memory than it may."""
+
+    code = 50406
+
+
 class ConnectionFailed(ZmqserveError):
     """The way to a controller failed."""
 
@@ -250,6 +279,13 @@ class ProtocolMismatch(ConnectionFailed):
     """The two ends speak different versions of the protocol."""
 
     code = 40003
+    retryable = False
+
+
+class Unauthenticated(ConnectionFailed):
+    """The controller lets nobody in with this key, or with none; or it could not prove to be the one whose key was given."""
+
+    code = 40102
     retryable = False
 
 

@@ -18,6 +18,9 @@ from .recovery import Recovery, next_request
 AWAY, OPEN = State.AWAY, State.OPEN
 """Bound here: to look an enum's member up takes longer than most of what is done with it, per request."""
 
+TOGETHER = 32
+"""So many requests for later leave at once, and do not wait for more: whoever opens thousands gives others to do meanwhile."""
+
 
 class Failover:
     """The open requests (`calls`, by rid) and the controller that they are at (`peer`); see Session for the times.
@@ -52,15 +55,15 @@ class Failover:
 
     # --- requests
 
-    def begin(self, now: float, call: Call) -> None:
-        """Take on a new request. Raises InvalidParameter when it is too large for the controller that is there."""
+    def begin(self, now: float, call: Call, *, later: bool = False) -> None:
+        """Take on a new request; see Session.open. Raises InvalidParameter when it is too large for the controller that is there."""
         if self.peer.state is OPEN:
             self._check_size(call.payload)
         elif call.patient and self.peer.controller:
             self._recovery(call).until_s = now + self._failover_s
         alone = not self.calls
         self.calls[call.rid] = call
-        self._send(now, call, alone=alone)
+        self._send(now, call, alone=alone, later=later)
 
     def fail(self, now: float, call: Call, error: ZmqserveError) -> None:
         """The controller has ended it with this error: send it again, or end it."""
@@ -153,7 +156,7 @@ class Failover:
 
     # --- how
 
-    def _send(self, now: float, call: Call, *, alone: bool = False) -> None:
+    def _send(self, now: float, call: Call, *, alone: bool = False, later: bool = False) -> None:
         """Send a request, or greet the controller first when it is not certain to be there."""
         peer = self.peer
         self._outgoing.add(call)
@@ -162,12 +165,13 @@ class Failover:
         elif peer.state is OPEN and alone and peer.stale(now):
             peer.greet(now, fresh=False)
         elif peer.state is OPEN and alone:
-            peer.watch(now)
             self.flush()
-            if not call.there:
+            if call.there:
+                peer.watch(now)
+            else:
                 # With nothing else under way the pipe cannot be full: the connection is gone.
                 peer.on_disconnected(now)
-        else:
+        elif not later or len(self._outgoing) >= TOGETHER:
             self.flush()
         call.round_ends = peer.round_ends(now)
 
@@ -199,11 +203,12 @@ class Failover:
         """End what has looked for a controller long enough: what had been sent for `failover_s`, what had not for a whole round."""
         if self.peer.state is OPEN:
             return
+        hopeless = error is not None and self.peer.hopeless
         for call in list(self._outgoing):
-            until_s = call.recovery.until_s if call.recovery is not None else now
+            until_s = call.recovery.until_s if call.recovery is not None and not hopeless else now
             if now < until_s or self.peer.tried < call.round_ends:
                 continue
-            if call.sent:
+            if call.sent and not hopeless:
                 why = f"{self._loss}, and none answered at {self.peer.where} within {self._failover_s:g} s"
                 self.fail(now, call, ControllerLost(why, data={"endpoints": list(self.peer.endpoints)}))
             elif error is not None:

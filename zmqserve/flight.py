@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from .liveness import Lease, Timer
 from .messages import RequestHeader
 
 if TYPE_CHECKING:
+    from .access import Account
     from .need import Need
-    from .registry import Pool, Worker
+    from .pool import Pool
+    from .registry import Worker
     from .uplink import Upward
 
 Envelope: TypeAlias = tuple[bytes, ...]
 """The frames before a client's payload: its connection's routing id, and those that devices and REQ sockets put behind it."""
 
 
+NOBODY: frozenset[str] = frozenset()
+"""One for all flights: Python makes a new empty set each time, of 216 bytes."""
+
+
 class Client:
     """Who asked. It exists while it has flights; `number` is what workers know it by, and is never used twice.
 
     `gone`: nothing is sent to it any more; its flights are only waited for. `above`: the way to it, where it is a parent's client.
-    `waiting`: those of its flights that stand in a queue.
+    `account`: that of its key, where it has one. `waiting`: those of its flights that stand in a queue, where it has none.
     """
 
-    __slots__ = ("above", "envelope", "flights", "gone", "lease", "number", "timer", "waiting", "waiting_bytes")
+    __slots__ = ("above", "account", "envelope", "flights", "gone", "lease", "number", "timer", "waiting", "waiting_bytes")
 
-    def __init__(self, envelope: Envelope, number: int) -> None:
+    def __init__(self, envelope: Envelope, number: int, account: Account | None = None) -> None:
+        self.account = account
         self.envelope = envelope
         self.number = number
         self.above: Upward | None = None
@@ -38,6 +46,16 @@ class Client:
 
     def __repr__(self) -> str:
         return f"Client({self.number}, {len(self.flights)} flights{', gone' if self.gone else ''})"
+
+    @property
+    def party(self) -> Client | Account:
+        """Who is counted for what it has waiting: all of a key's clients together."""
+        return self if self.account is None else self.account
+
+    @property
+    def group(self) -> bytes:
+        """With whom it takes turns: the others of its key, or of its connection."""
+        return self.envelope[0] if self.account is None else self.account.group
 
 
 class Flight:
@@ -101,13 +119,38 @@ class Flight:
         self.ending: str | None = None
         self.told = False
         self.on_trial = False
-        self.avoid: frozenset[str] = frozenset()
+        self.avoid = NOBODY
         self.timer: Timer | None = None
         self.cancel_timer: Timer | None = None
+
+    def log(self, report: Callable[..., None], worker: Worker | None, now: float, outcome: str, code: int, tokens: tuple[int, int]) -> None:
+        """Report what is said of it when it has ended."""
+        waited_until = self.dispatched_s if worker is not None else now
+        report(
+            "request",
+            rid=self.rid,
+            verb=self.need.verb,
+            model=self.pool.model,
+            worker=worker.name if worker is not None else None,
+            outcome=outcome,
+            code=code,
+            queue_ms=_ms(waited_until - self.arrived_s),
+            first_ms=_ms(self.first_s - self.arrived_s) if self.first_s is not None else None,
+            total_ms=_ms(now - self.arrived_s),
+            prompt_tokens=tokens[0],
+            completion_tokens=tokens[1],
+            attempts=self.attempts,
+            trace=self.trace,
+        )
 
     def __repr__(self) -> str:
         state = "waiting" if self.worker is None else f"on {self.worker.name!r}"
         return f"Flight(rid={self.rid}, {self.need.verb} {self.pool.model!r}, {state}{', started' if self.started else ''})"
+
+
+def _ms(seconds: float) -> float:
+    """Milliseconds to three digits. Rounding to a whole number is several times faster than to digits."""
+    return round(seconds * 1e6) / 1000
 
 
 class Route:

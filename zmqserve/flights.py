@@ -12,6 +12,7 @@ from collections.abc import Callable
 from random import Random
 
 from . import messages as m
+from .bounds import check_request
 from .config import ControllerConfig
 from .deadlines import Deadlines
 from .delivery import FULL, GONE, SENT, Delivery
@@ -20,13 +21,15 @@ from .errors import NoWorker, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
 from .liveness import Agenda
 from .need import Need
-from .registry import Pool, Registry, Worker
-from .waiting import Rank
+from .pool import Pool
+from .registry import Registry, Worker
+from .waiting import Crowd, FairQueue
 
-OUTCOMES = frozenset(
-    {"ok", "stop", "length", "cancelled", "failed", "deadline", "worker_lost", "no_worker"}
-    | {"client gone", "client silent", "slow consumer", "shut down", "parent gone"}
+OUTCOMES = (
+    *("ok", "stop", "length", "cancelled", "failed", "deadline", "worker_lost", "no_worker"),
+    *("client gone", "client silent", "slow consumer", "shut down", "parent gone", "key revoked"),
 )
+ENDED = {outcome: f"ended: {outcome}" for outcome in OUTCOMES}
 """What is counted by its name; a worker may say anything, and counters are for good."""
 
 
@@ -39,6 +42,7 @@ class Flights:
         registry: Registry,
         agenda: Agenda,
         *,
+        crowd: Crowd,
         send_client: Callable[[Envelope, bytes], int],
         send_worker: Callable[[bytes, bytes, bytes], int],
         lose: Callable[[Worker, str, float], None],
@@ -51,12 +55,17 @@ class Flights:
         self.agenda = agenda
         self.routes: dict[bytes, Route] = {}
         self.counters: Counter[str] = Counter()
-        self.running = 0
+        self.open = self.running = 0
+        self.held_bytes = 0
+        """Payloads of requests that have not begun: they may have to be sent again."""
+        self.reports_requests: Callable[[], bool] = lambda: True
+        """Whether the line of a request that has ended would be written at all."""
         self.delivery = Delivery(config, self.counters, send_client=send_client, cancel=self.cancel)
         self.clients = self.delivery.clients
         self.deadlines = Deadlines(self, report)
         self._homeless: deque[Flight] = deque()
         self._placing = False
+        self._crowd = crowd
         self._send_worker = send_worker
         self._lose, self._look_after, self._report, self._random = lose, look_after, report, random
 
@@ -70,19 +79,29 @@ class Flights:
     ) -> None:
         """Take a request on, which waited in other controllers for `queued_ms`: it goes to a worker now or waits.
 
-        Raises Overloaded when it can do neither.
+        Raises Overloaded when it can do neither, and InvalidParameter when it is too large.
         """
         self.counters["requests"] += 1
+        size = len(payload)
+        try:
+            check_request(self.config, size, opened=self.open, held_bytes=self.held_bytes, clients=len(self.clients))
+        except ZmqserveError:
+            self._forget_idle(client)
+            raise
         flight = Flight(client, header, need, pool, payload, now)
         flight.queued_ms = queued_ms
         worker = self._pick(flight, now)
         if worker is None:
             try:
-                pool.waiting.check(client, len(payload), pool.model, pool.running)
+                pool.waiting.check(client, size, pool.model, pool.running)
             except ZmqserveError:
                 self._forget_idle(client)
                 raise
         client.flights[flight.rid] = flight
+        self.open += 1
+        self.held_bytes += size
+        if client.account is not None:
+            client.account.in_flight += 1
         if flight.deadline_s is not None:
             flight.timer = self.agenda.at(flight.deadline_s, lambda now: self.deadlines.too_late(flight, now))
         if client.timer is None:
@@ -95,24 +114,24 @@ class Flights:
                     self.feed(member, now)
         else:
             self._dispatch(flight, worker, now)
-            self._place_homeless(now)
+            if self._homeless:
+                self._place_homeless(now)
 
     def feed(self, worker: Worker, now: float) -> None:
         """Give a worker what waits for it while it has room: by priority, then in turn, over all its models."""
-        while worker.usable:
-            first: tuple[Rank, Flight] | None = None
+        while self._crowd.size and worker.usable:
+            first: FairQueue | None = None
             for pool in worker.pools:
-                if len(pool.waiting):
-                    able = frozenset(need for need in pool.waiting.needs() if worker.has_room(need) and pool.serves(worker, need))
-                    head = pool.waiting.first(able)
-                    if head is not None and (first is None or head[0] < first[0]):
-                        first = head
-            if first is None:
+                for need, queue in pool.waiting.queues.items():
+                    if (first is None or queue.rank() < first.rank()) and worker.has_room(need) and pool.serves(worker, need):
+                        first = queue
+            flight = first.head() if first is not None else None
+            if flight is None:
                 break
-            flight = first[1]
             flight.pool.waiting.take(flight)
             self._dispatch(flight, worker, now)
-        self._place_homeless(now)
+        if self._homeless:
+            self._place_homeless(now)
 
     def has_room(self, pool: Pool, need: Need) -> bool:
         """Whether a request that takes a slot would get one at once."""
@@ -195,6 +214,7 @@ class Flights:
         """Its first chunk goes to the client: it can't be sent to another worker unseen any more, so its payload is let go."""
         flight.started = True
         flight.first_s = now
+        self.held_bytes -= len(flight.payload)
         flight.payload = b""
         worker = flight.worker
         if flight.on_trial and worker is not None:
@@ -219,37 +239,30 @@ class Flights:
         if worker is not None and flight.slotted:
             flight.pool.waiting.rate.served(now - flight.dispatched_s)
         self._close(flight)
+        if flight.client.account is not None:
+            flight.client.account.charge(now, sum(tokens))
         if not flight.told:
             self.delivery.last(flight, last, now, outcome, code, tokens)
         self._forget_idle(flight.client)
-        self.counters[f"ended: {outcome if outcome in OUTCOMES else 'other'}"] += 1
-        waited_until = flight.dispatched_s if worker is not None else now
-        self._report(
-            "request",
-            rid=flight.rid,
-            verb=flight.need.verb,
-            model=flight.pool.model,
-            worker=worker.name if worker is not None else None,
-            outcome=outcome,
-            code=code,
-            queue_ms=round((waited_until - flight.arrived_s) * 1000, 3),
-            first_ms=round((flight.first_s - flight.arrived_s) * 1000, 3) if flight.first_s is not None else None,
-            total_ms=round((now - flight.arrived_s) * 1000, 3),
-            prompt_tokens=tokens[0],
-            completion_tokens=tokens[1],
-            attempts=flight.attempts,
-            trace=flight.trace,
-        )
+        self.counters[ENDED.get(outcome, "ended: other")] += 1
+        if self.reports_requests():
+            flight.log(self._report, worker, now, outcome, code, tokens)
         if worker is not None:
             worker.finished += 1
             self.feed(worker, now)
 
     def _close(self, flight: Flight) -> None:
+        client = flight.client
         flight.open = False
-        del flight.client.flights[flight.rid]
-        for timer in (flight.timer, flight.cancel_timer):
-            if timer is not None:
-                timer.cancel()
+        del client.flights[flight.rid]
+        self.open -= 1
+        self.held_bytes -= len(flight.payload)
+        if client.account is not None:
+            client.account.in_flight -= 1
+        if flight.timer is not None:
+            flight.timer.cancel()
+        if flight.cancel_timer is not None:
+            flight.cancel_timer.cancel()
 
     def settle_unsent(self, flight: Flight, now: float, outcome: str, error: ZmqserveError | None = None) -> None:
         """End a flight that no worker has: with the error, as too late, or as cancelled."""

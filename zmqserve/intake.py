@@ -5,12 +5,27 @@ from __future__ import annotations
 import msgspec
 
 from . import messages as m
-from .errors import ModelLoading, NoWorker, UnknownModel, Unsupported, WorkerLost
+from .access import Account
+from .errors import MalformedMessage, ModelLoading, NoWorker, UnknownModel, Unsupported, WorkerLost
 from .need import Need
-from .registry import Pool, Registry
+from .pool import Pool
+from .registry import Registry
 
 MOST_NAMED = 20
 """Models named in the text of an error; its data holds up to 100."""
+
+
+ASKED = ("generate", "chat", "embed", "count_tokens", "model_details")
+"""The verbs that name a model."""
+NIL = b"\xc0"
+
+
+class _GenerateView(m.RequestHeader, array_like=True, frozen=True, gc=False):
+    """As far as a Generate must be read to tell whether it is a chat."""
+
+    stream: msgspec.Raw = msgspec.Raw(NIL)
+    prompt: msgspec.Raw = msgspec.Raw(NIL)
+    messages: msgspec.Raw = msgspec.Raw(NIL)
 
 
 class Intake:
@@ -21,6 +36,7 @@ class Intake:
         self._max_attempts = max_attempts
         self._needs = {tag: Need(verb) for tag, verb in m.VERBS.items()}
         self._headers = msgspec.msgpack.Decoder(m.RequestHeader)
+        self._generates = msgspec.msgpack.Decoder(_GenerateView)
 
     def __repr__(self) -> str:
         return f"Intake({self._registry!r})"
@@ -40,11 +56,42 @@ class Intake:
             return need
         return Need(need.verb, header.fingerprint, trial=need.slotted and header.attempts > 0)
 
-    def pool(self, header: m.RequestHeader, need: Need) -> Pool:
-        """The model's pool, which may have no free worker now. Raises the error that ends a request which nobody can answer."""
+    def verb(self, header: m.RequestHeader, payload: bytes, account: Account) -> str:
+        """What the request is to the rules of its sender's key. Chat is a Generate with messages, which no worker needs to know apart."""
+        verb = self._needs[header.tag].verb
+        if verb != "generate" or not account.tells_chat:
+            return verb
+        try:
+            messages = self._generates.decode(payload).messages
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+            raise MalformedMessage("Generate: its prompt or messages cannot be read") from None
+        return verb if bytes(messages) == NIL else "chat"
+
+    def names(self, account: Account | None) -> list[str]:
+        """The models that a key may ask anything of, and so learn of: all without one; sorted."""
+        registry = self._registry
+        if account is None:
+            return registry.known_models()
+        changes, names = account.seen
+        if changes != registry.changes:
+            names = [name for name in registry.known_models() if account.sees(ASKED, registry.pools[name].names)]
+            account.seen = registry.changes, names
+        return names
+
+    def models(self, account: Account | None) -> list[Pool]:
+        """Those that have workers."""
+        return [pool for name in self.names(account) if (pool := self._registry.pools[name]).workers]
+
+    def pool(self, header: m.RequestHeader, need: Need, account: Account | None = None, verb: str = "") -> Pool:
+        """The model's pool, which may have no free worker now. Raises the error that ends a request which nobody can answer.
+
+        With an account whose `verb` is denied for the pool, under whatever name, there is none.
+        """
         pool = self._registry.find(header.model)
+        if pool is not None and account is not None and pool.aliases and account.hides(verb, pool.names):
+            pool = None
         if pool is None:
-            models = self._registry.known_models()
+            models = self.names(account)
             if not models:  # just started, most likely: its workers are on their way
                 raise NoWorker(f"no worker serves model {header.model!r}: none has registered yet", retry_after_ms=1000)
             served = f"{', '.join(models[:MOST_NAMED])}{', ...' if len(models) > MOST_NAMED else ''}"

@@ -54,6 +54,18 @@ class GenerateJob:
         return f"GenerateJob(rid={self.request.rid}, model={self.request.model!r})"
 
 
+def _no_prompt(request: Generate | CountTokens) -> InvalidParameter:
+    """The error for a request that has not just one prompt, or an empty one."""
+    forms: dict[str, object] = {"prompt": request.prompt, "messages": request.messages}
+    if isinstance(request, Generate):
+        forms["token_ids"] = request.token_ids
+    given = [name for name, value in forms.items() if value is not None]
+    if len(given) != 1:
+        names = " or ".join(given) or "none"
+        return InvalidParameter(f"give exactly one of {', '.join(forms)}: got {names}", data={"parameter": "prompt", "given": given})
+    return InvalidParameter(f"{given[0]} is empty: there is nothing to answer", data={"parameter": given[0]})
+
+
 R = TypeVar("R", bound=Generate | Embed | CountTokens)
 
 
@@ -66,15 +78,10 @@ def checked(request: R) -> R:
             position = request.texts.index("")
             raise InvalidParameter(f"texts[{position}] is empty: there is nothing to embed", data={"parameter": "texts"})
     else:
-        forms: dict[str, object] = {"prompt": request.prompt, "messages": request.messages}
-        if isinstance(request, Generate):
-            forms["token_ids"] = request.token_ids
-        given = [name for name, value in forms.items() if value is not None]
-        if len(given) != 1:
-            names = " or ".join(given) or "none"
-            raise InvalidParameter(f"give exactly one of {', '.join(forms)}: got {names}", data={"parameter": "prompt", "given": given})
-        if not forms[given[0]]:
-            raise InvalidParameter(f"{given[0]} is empty: there is nothing to answer", data={"parameter": given[0]})
+        ids = request.token_ids if isinstance(request, Generate) else None
+        forms = (request.prompt, request.messages, ids)
+        if forms.count(None) != 2 or not any(forms):
+            raise _no_prompt(request)
         if isinstance(request, Generate) and request.token_ids is not None and len(request.token_ids) % 4:
             message = f"token_ids must be u32, 4 bytes each: got {len(request.token_ids)} bytes"
             raise InvalidParameter(message, data={"parameter": "token_ids"})

@@ -11,8 +11,10 @@ from selectors import EVENT_READ, BaseSelector
 
 import zmq
 
+from .credentials import Credentials
+from .curve import CLIENTS_DOMAIN, Handshakes
 from .errors import InvalidEndpoint
-from .sockets import Monitor, SocketLimits, dealer
+from .sockets import Monitor, SocketLimits, connect, dealer, raw_calls
 
 NOBLOCK = int(zmq.NOBLOCK)
 EVENTS = int(zmq.EVENTS)
@@ -63,17 +65,27 @@ class Line:
     descriptor is edge-triggered, and any call on the socket may eat the edge: `dirty` says that something may lie there unread, so that
     nobody may sleep before the socket was found empty.
     `broken`: the connection has broken, as `broke` found. What had come on it before can still be read.
+    `shut_out`: why the handshake failed; "": it did not. Such a socket is of no more use: `connect` makes another, `hang_up` none.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]] | None, limits: SocketLimits, selector: BaseSelector | None = None) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]] | None,
+        limits: SocketLimits,
+        credentials: Credentials,
+        selector: BaseSelector | None = None,
+    ) -> None:
         self.bell = Bell()
         self.dirty = self.broken = False
         self.recv: Callable[[], bytes] = _nothing
         self._context, self._owns_context = context, context is None
         self._limits = limits
+        self._credentials = credentials
+        self._handshakes: Handshakes | None = None
         self._selector = selector
         self._selected: list[int] = []
         self._socket: zmq.Socket[bytes] | None = None
+        self._send: Callable[..., object] | None = None
         self._monitor: Monitor | None = None
         self._break = select.poll()
         self.renew_poller()
@@ -90,11 +102,15 @@ class Line:
         self.broken = False
         try:
             # Not `immediate`: such a socket throws away what it has received when its connection breaks.
-            self._socket = dealer(self._context, endpoint, self._limits, immediate=False)
-            self._monitor = Monitor(self._socket)
+            curve = self._credentials.curve(endpoint)
+            self._socket = dealer(self._context, self._limits, immediate=False, curve=curve)
+            self._handshakes = Handshakes(CLIENTS_DOMAIN, with_key=curve is not None)
+            self._monitor = Monitor(self._socket, self._handshakes.tell)
+            connect(self._socket, endpoint)
             self._break = select.poll()
             self._break.register(self._monitor.fd, select.POLLIN)
-            self.recv = functools.partial(self._socket.recv, NOBLOCK)
+            recv, self._send = raw_calls(self._socket)
+            self.recv = functools.partial(recv, NOBLOCK)
             self._select(self._socket.fileno(), self._monitor.fd)
         except (zmq.ZMQError, InvalidEndpoint):
             # No descriptors left, or no such address family here: nobody will answer, which the session tells its callers.
@@ -103,13 +119,24 @@ class Line:
         self.renew_poller()
         self.bell.ring()
 
+    @property
+    def shut_out(self) -> str:
+        return self._handshakes.why if self._handshakes is not None else ""
+
+    def hang_up(self) -> None:
+        """Let go of a connection that is of no use; libzmq would go on trying to make it."""
+        self._drop_socket(0)
+        self.renew_poller()
+        self.bell.ring()
+
     def send(self, payload: bytes) -> bool:
         """False when the pipe is full, or there is none. What leaves before the connection is there waits for it."""
-        if self._socket is None:
+        send = self._send
+        if send is None:
             return False
         self.dirty = True
         try:
-            self._socket.send(payload, NOBLOCK)
+            send(payload, NOBLOCK)
         except (zmq.Again, zmq.ContextTerminated):
             return False
         return True
@@ -161,13 +188,13 @@ class Line:
                 self._selected.append(descriptor)
 
     def _drop_socket(self, linger_ms: int) -> None:
-        self.recv = _nothing
+        self.recv, self._send = _nothing, None
         # Now: libzmq closes its descriptors a moment later, when others may have these numbers.
         while self._selector is not None and self._selected:
             self._selector.unregister(self._selected.pop())
         if self._monitor is not None:
             self._monitor.close()
-            self._monitor = None
+            self._monitor = self._handshakes = None
         if self._socket is not None:
             self._socket.close(linger=linger_ms)
             self._socket = None

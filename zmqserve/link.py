@@ -17,7 +17,7 @@ from math import inf
 from random import Random
 from typing import TypeAlias
 
-from .errors import MalformedMessage, ProtocolMismatch
+from .errors import MalformedMessage, ProtocolMismatch, Unauthenticated
 from .linkhost import LinkHost
 from .liveness import BEATS_PER_TTL, Lease
 from .messages import (
@@ -47,6 +47,8 @@ Send: TypeAlias = Callable[[bytes, bytes], bool]
 """Gives head and payload to the pipe; False when it does not take them now."""
 
 REGISTER_RETRY_S = 1.0
+MOST_REFUSED_S = 60.0
+"""However long a controller says that a worker should wait, it is asked again by then: others may have its endpoint, and other rules."""
 SETTLE_S = 0.01
 """libzmq tells of a broken connection just before it lets go of the pipe, which would still take, and lose, a message."""
 LOAD_GAP_S = 0.02
@@ -95,6 +97,7 @@ class ControllerLink:
         self._beat_s = -inf
         self._asked_s = inf
         self._fresh_s = now
+        self._shut_out = False
         self._ready_changed = False
         self._unanswered = 0
         self._readies = 0
@@ -132,6 +135,7 @@ class ControllerLink:
         if now >= fresh_s:
             self._unregister("registering")
             self._host.fresh_socket(self)
+            self._shut_out = False
             self._register(now)
             self._fresh_s = now + self._fresh_gap_s()
             fresh_s = self._fresh_due_s()
@@ -152,6 +156,13 @@ class ControllerLink:
             self._readies = 0
             self.blocked = False
             self._due_s = inf if self._draining else now + SETTLE_S
+
+    def shut_out(self, now: float, why: str) -> None:
+        """A handshake failed, because of keys that may be others in a while. libzmq tries no more then: the connection is replaced."""
+        if self.state not in ("refused", "closed") and not self._shut_out:
+            self._shut_out = True
+            self._fresh_s = now + (gap_s := self._fresh_gap_s())
+            self._refused(now, Refused(Unauthenticated.code, why, round(gap_s * 1000)))
 
     def others_changed(self, now: float) -> None:
         """The worker's load for other controllers changed: say so soon."""
@@ -262,11 +273,12 @@ class ControllerLink:
             self._unregister("refused")
         else:
             self._unregister("registering")
-            self.refusal = refusal
-            again_s = now + refusal.retry_after_ms / 1000
+            was, self.refusal = self.refusal, refusal
+            again_s = now + min(refusal.retry_after_ms / 1000, MOST_REFUSED_S)
             self._due_s = inf if self._draining else again_s
             self._lease.heard_s = again_s  # it has nothing to say to us before
-            self._host.changed(self)
+            if was is None or was.why != refusal.why:
+                self._host.changed(self)
 
     def _reregister(self, now: float, epoch: int) -> None:
         """The controller doesn't know us. The number that it sends is repeated in READY: it proves who answers."""
@@ -280,6 +292,8 @@ class ControllerLink:
         heard_s, ttl_s = self._lease.heard_s, self._lease.ttl_s
         if self._draining:
             return inf
+        if self._shut_out:
+            return self._fresh_s
         if self._inproc:
             # One that takes messages is good for whenever the controller binds again.
             return max(self._fresh_s, heard_s + INPROC_FRESH_TTLS * ttl_s) if self.blocked else inf

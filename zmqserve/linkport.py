@@ -9,9 +9,11 @@ from typing import Any
 
 import zmq
 
+from .credentials import Credentials
+from .curve import WORKERS_DOMAIN, Handshakes
 from .link import ControllerLink
 from .linkhost import LinkHost
-from .sockets import NOBLOCK, SNDMORE, Monitor, SocketLimits, dealer, raw_calls
+from .sockets import NOBLOCK, SNDMORE, Monitor, SocketLimits, connect, dealer, raw_calls
 
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 
@@ -29,6 +31,7 @@ class LinkPort:
         limits: SocketLimits,
         host: LinkHost,
         *,
+        credentials: Credentials,
         ttl_s: float,
         random: Random,
         now: float,
@@ -36,6 +39,7 @@ class LinkPort:
         self.endpoint = endpoint
         self._context = context
         self._limits = limits
+        self._credentials = credentials
         self._open()
         self.link = ControllerLink(endpoint, host, self._try_send, ttl_s=ttl_s, random=random, now=now)
 
@@ -43,9 +47,16 @@ class LinkPort:
         return f"LinkPort({self.link!r})"
 
     def _open(self) -> None:
-        self._socket = dealer(self._context, self.endpoint, self._limits, immediate=True)
-        self._monitor = Monitor(self._socket)
-        self._send = raw_calls(self._socket)[1]
+        curve = self._credentials.curve(self.endpoint)
+        self._socket = dealer(self._context, self._limits, immediate=True, curve=curve)
+        self._handshakes = Handshakes(WORKERS_DOMAIN, with_key=curve is not None)
+        self._monitor = Monitor(self._socket, self._handshakes.tell)
+        try:
+            connect(self._socket, self.endpoint)
+        except BaseException:
+            self._close(0)
+            raise
+        self._recv, self._send = raw_calls(self._socket)
 
     def _try_send(self, head: bytes, payload: bytes) -> bool:
         # When the connection breaks between the two, the second says so; libzmq has forgotten the first.
@@ -70,6 +81,8 @@ class LinkPort:
             self.link.writable(now)
         if broken:
             self.link.disconnected(now)
+            if self._handshakes.why:
+                self.link.shut_out(now, self._handshakes.why)
         return broken
 
     def fresh_socket(self) -> None:
@@ -84,13 +97,18 @@ class LinkPort:
         self._close(linger_ms)
 
     def _receive(self, now: float, most: int) -> None:
+        """Each message is two frames, its end looked for in every one: another number must not shift those that follow."""
+        recv, received = self._recv, self.link.received
         for _ in range(most):
             try:
-                frames = self._socket.recv_multipart(NOBLOCK)
+                head = recv(NOBLOCK, False)
             except zmq.Again:
                 return
-            if len(frames) == 2:
-                self.link.received(now, *frames)
+            last = payload = recv(NOBLOCK, False) if head.more else head
+            while last.more:
+                last = recv(NOBLOCK, False)
+            if last is payload and payload is not head:
+                received(now, head.bytes, payload.bytes)
             else:
                 self.link.bad_frames += 1
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from .answers import Answer
+from .credentials import credentials
 from .lane import Lane
 from .link import ControllerLink
 from .linkport import POLLIN, LinkPort
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 log = Logger("zmqserve.worker")
 BATCH = 64
 """Messages read from one socket before the others have their turn."""
-FRAMES = 128
-"""The engine's messages that may wait for this thread, and that it sends before it reads its sockets again. Each send lets go
-of the interpreter lock, which a busy engine gives back only once per turn of its loop: beyond so many it pauses. With more,
-tokens made at full speed would arrive 100 ms late."""
+PASSED = 128
+"""The engine's messages that are sent before the sockets are read again. Each send lets go of the interpreter lock, which a busy
+engine may keep for 5 ms: more of them would make heartbeats late."""
+FRAMES = 1024
+"""The engine's messages that may wait for this thread: beyond so many generation pauses. With fewer an engine as fast as the sockets
+pauses all the time; with more its tokens come late."""
 LINGER_MS = 500
 """How long the last frames may take to leave when the worker ends."""
 
@@ -70,8 +73,18 @@ class LinkThread(threading.Thread):
         self._ports: dict[ControllerLink, LinkPort] = {}
         now = time.monotonic()
         try:
+            keys = credentials(config.key, config.controller_key, config.controllers)
             for endpoint in config.controllers:
-                port = LinkPort(self._zmq_context, endpoint, config.limits, self.workload, ttl_s=config.ttl_s, random=Random(), now=now)
+                port = LinkPort(
+                    self._zmq_context,
+                    endpoint,
+                    config.limits,
+                    self.workload,
+                    credentials=keys,
+                    ttl_s=config.ttl_s,
+                    random=Random(),
+                    now=now,
+                )
                 self._ports[port.link] = port
                 self.workload.add(port.link)
         except BaseException:
@@ -157,7 +170,7 @@ class LinkThread(threading.Thread):
 
     def _pass_on(self) -> None:
         frames = self._frames
-        for _ in range(min(FRAMES, len(frames))):
+        for _ in range(min(PASSED, len(frames))):
             self.workload.pass_on(*frames.popleft())
 
     def _relieve(self) -> None:

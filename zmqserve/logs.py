@@ -10,9 +10,11 @@ import atexit
 import contextlib
 import functools
 import logging
+import select
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, BinaryIO, TextIO, cast
 
 import msgspec
@@ -20,6 +22,8 @@ import structlog
 
 MOST_LINES = 10_000
 CLOSE_S = 1.0
+GATHER_S = 0.02
+"""Lines of so long are written together: a thread that wakes for each takes the interpreter from who serves requests."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -28,12 +32,29 @@ class Logger:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._config: dict[str, Any] = {}
+        self._bound: Any = None
 
     def __repr__(self) -> str:
         return f"Logger({self._name!r})"
 
     def __getattr__(self, method: str) -> Any:
-        return getattr(structlog.get_logger(self._name) if structlog.is_configured() else _quiet(), method)
+        return getattr(self._logger(), method)
+
+    def writes(self, level: int) -> bool:
+        """Whether a line of this level (of `logging`) is written at all: who makes one often asks first, before making it."""
+        asked = getattr(self._logger(), "is_enabled_for", None)  # another's wrapper class may have its own ways
+        return asked is None or bool(asked(level))
+
+    def _logger(self) -> Any:
+        if not structlog.is_configured():
+            return _quiet()
+        config = structlog.get_config()
+        if self._bound is None or config != self._config:
+            self._config = config
+            self._bound = structlog.get_logger(self._name).bind()
+        # structlog assembles a logger for each line otherwise, which costs more than the line.
+        return self._bound if config["cache_logger_on_first_use"] else structlog.get_logger(self._name)
 
 
 @functools.cache
@@ -47,7 +68,7 @@ def _quiet() -> Any:
             structlog.processors.LogfmtRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-    )
+    ).bind()
 
 
 class Lines:
@@ -62,7 +83,7 @@ class Lines:
         self._lines: deque[bytes] = deque()
         self._dropped = 0
         self._some = threading.Event()
-        self._ending = False
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._pass_on, name="zmqserve-log", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -76,7 +97,8 @@ class Lines:
             self._lines.append(text.encode(errors="replace") if isinstance(text, str) else text)
         else:
             self._dropped += 1
-        self._some.set()
+        if not self._some.is_set():
+            self._some.set()
         return len(text)
 
     def flush(self) -> None:
@@ -84,21 +106,37 @@ class Lines:
 
     def close(self) -> None:
         """Give what waits a moment to leave."""
-        self._ending = True
+        self._ending.set()
         self._some.set()
         self._thread.join(CLOSE_S)
 
     def _pass_on(self) -> None:
-        while not self._ending or self._lines:
+        while not self._ending.is_set() or self._lines:
             self._some.wait()
+            self._ending.wait(GATHER_S)
             self._some.clear()
             if self._dropped and len(self._lines) < MOST_LINES:
                 dropped, self._dropped = self._dropped, 0
                 self._lines.append(f"zmqserve: {dropped} log lines were dropped: they are not read as fast as they come\n".encode())
             parts = [self._lines.popleft() for _ in range(len(self._lines))]
             with contextlib.suppress(OSError, ValueError):
-                self._file.write(b"".join(parts))
-                self._file.flush()
+                for batch in _batches(parts):
+                    self._file.write(batch)
+                    self._file.flush()
+
+
+def _batches(lines: list[bytes]) -> Iterator[bytes]:
+    """Whole lines, as many at a time as a pipe takes in one piece: who is killed leaves no half of one."""
+    batch: list[bytes] = []
+    size = 0
+    for line in lines:
+        if batch and size + len(line) > select.PIPE_BUF:
+            yield b"".join(batch)
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line)
+    if batch:
+        yield b"".join(batch)
 
 
 def configure(level: str = "info", as_json: bool | None = None) -> None:
@@ -120,11 +158,16 @@ def configure(level: str = "info", as_json: bool | None = None) -> None:
         )
     else:
         structlog.configure(
-            processors=[*shared, structlog.dev.ConsoleRenderer(pad_event_to=18)],
+            processors=[*shared, _printable, structlog.dev.ConsoleRenderer(pad_event_to=18)],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
             logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
             cache_logger_on_first_use=True,
         )
+
+
+def _printable(_logger: object, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What peers choose must not move a terminal's cursor: a text with such characters is shown as Python would write it."""
+    return {name: repr(value) if isinstance(value, str) and not value.isprintable() else value for name, value in line.items()}
 
 
 def _json(event: object, **_: object) -> bytes:

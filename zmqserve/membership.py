@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import messages as m
+from .access import UNREAD, Access
+from .bounds import Offers, check_offer
 from .config import ControllerConfig
 from .delivery import GONE, SENT
+from .endings import count_error
 from .errors import MalformedMessage, ProtocolMismatch, RequestError, ZmqserveError
 from .flights import Flights
 from .liveness import BEATS_PER_TTL, Agenda, Timer
-from .registry import Pool, Registry, Worker
+from .pool import Pool
+from .registry import Registry, Worker
 
 DOUBLE_PATH_RETRY_MS = 10_000
 """When a controller below that can be reached by two ways may ask again: the other way may have gone by then."""
-PROBE_S = 0.02
-"""Between two beats to everybody, when connections break."""
+PROBE_S, PROBE_EACH_S = 0.02, 1e-4
+"""Between two beats to everybody, when connections break; with many workers so much for each of them: strangers, too, connect and go."""
 MAX_TOLD = 10_000
 """Unknown workers remembered as told to register; each is told once per heartbeat, not once per message."""
 
@@ -35,12 +39,17 @@ class Membership:
         send_worker: Callable[[bytes, bytes, bytes], int],
         report: Callable[..., None],
         new_epoch: Callable[[], int],
+        access: Access | None = None,
     ) -> None:
+        self.drop_outbox: Callable[[bytes], object] = lambda _: None
+        """Lets go of what waits for a worker."""
         self.config, self.registry, self.flights, self.agenda = config, registry, flights, agenda
         self.controller_id, self.version = controller_id, version
         self.counters = flights.counters
         self._send_worker, self._report, self._new_epoch = send_worker, report, new_epoch
         self._beat_s = config.ttl_s / BEATS_PER_TTL
+        self._access = access
+        self._offers = Offers(config)
         self._told: dict[bytes, tuple[float, int, bool]] = {}
         self._probes = 0
         self._probe_timer: Timer | None = None
@@ -50,16 +59,25 @@ class Membership:
     def __repr__(self) -> str:
         return f"Membership({self.registry!r})"
 
-    def register(self, now: float, identity: bytes, payload: bytes, *, update: bool = False) -> None:
+    def register(self, now: float, identity: bytes, payload: bytes, *, update: bool = False, user: str | None = None) -> None:
         """A worker says READY: take it in, or tell it why not. `update`: it repeats its epoch, so that only its offer is another."""
         known = self.registry.workers.get(identity)
+        if user == UNREAD and known is not None:
+            if not update:  # whose offer it is will be known when it says so once more
+                self.fence(known, "it registered again", now, clean=True)
+                return
+            user = known.user
         try:
+            self._offers.take(now, identity, len(payload))
             ready = m.read(self._readies, payload)
+            key = self._access.worker(user, ready.name, ready.models) if self._access is not None and user is not None else ""
+            check_offer(self.config, self.registry, ready, new=known is None)
             self._check_ready(now, identity, ready)
             if update and known is not None and ready.name != known.name:
                 raise RequestError(f"worker {known.name} cannot become {ready.name}: a name is for as long as a registration")
         except ZmqserveError as error:
             self.counters["refused workers"] += 1
+            count_error(self.counters, error)
             self._report("worker refused", why=error.message)
             refused = m.Refused(error.code, error.message, error.retry_after_ms)
             self._send_worker(identity, m.encode(m.ControllerHead(m.REFUSED, 0)), m.encode(refused))
@@ -71,7 +89,7 @@ class Membership:
             return
         if known is not None:
             self.lose(known, "it registered again", now, clean=True)
-        worker = Worker(identity, ready, self._new_epoch(), now)
+        worker = Worker(identity, ready, self._new_epoch(), now, user, key)
         if not self._welcome(worker):
             return
         told = self._told.pop(identity, None)
@@ -190,7 +208,7 @@ class Membership:
         if self._probes == 0:
             return
         self._probes -= 1
-        self._probe_timer = self.agenda.at(now + PROBE_S, self._probe)
+        self._probe_timer = self.agenda.at(now + max(PROBE_S, PROBE_EACH_S * len(self.registry.workers)), self._probe)
         for worker in list(self.registry):
             self._send_beat(worker, now)
 
@@ -231,16 +249,17 @@ class Membership:
         if worker is not None:
             self.fence(worker, what, now)
 
-    def fence(self, worker: Worker, why: str, now: float) -> None:
-        """Give up a worker that lives: its epoch is void from here on, and it must register again."""
-        self.lose(worker, why, now)
+    def fence(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
+        """Give up a worker that lives: its epoch is void from here on, and it must register again. `clean`: as for `lose`."""
+        self.lose(worker, why, now, clean=clean)
         self.tell_to_register(now, worker.identity, stalled=worker.stalled_s is not None)
 
     def lose(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
-        """Forget a worker and move or end its flights; `clean`: it left of its own will. Harmless when it is forgotten already."""
+        """Forget a worker and move or end its flights; `clean`: not for what it did or what ran on it. Harmless when it is forgotten."""
         if self.registry.workers.get(worker.identity) is not worker:
             return
         pools = self.registry.remove(worker)
+        self.drop_outbox(worker.identity)
         self.counters["workers left" if clean else "workers lost"] += 1
         self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
         self.flights.give_up_worker(worker, why, now, clean=clean)

@@ -45,6 +45,8 @@ MAX_SPEED = 1e9
 """The highest speed of one worker."""
 MAX_LISTED = 100
 """Most verbs, features or aliases of one model."""
+MOST_URGENT = -100
+"""The priority that goes before all others."""
 
 Rid: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_RID)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
@@ -53,7 +55,7 @@ Label: TypeAlias = Annotated[str, Meta(max_length=MAX_NAME)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Millis: TypeAlias = Annotated[int, Meta(ge=1, le=2**53)]
 Elapsed: TypeAlias = Annotated[float, Meta(ge=0)]
-Priority: TypeAlias = Annotated[int, Meta(ge=-100, le=100)]
+Priority: TypeAlias = Annotated[int, Meta(ge=MOST_URGENT, le=100)]
 Scalar: TypeAlias = str | int | float | list[str]
 
 
@@ -170,7 +172,8 @@ class Limits(_Map, omit_defaults=True):
 
 
 class WorkerStatus(_Map):
-    """One worker as its controller sees it; `free` slots are what dispatch may still use, `controllers` the ids of all below it."""
+    """One worker as its controller sees it; `free` slots are what dispatch may still use, `controllers` the ids of all below it, `key`
+    the name of the key that it registered with."""
 
     name: str
     backend: str
@@ -188,6 +191,7 @@ class WorkerStatus(_Map):
     finished: int = 0
     version: str = ""
     controllers: list[str] = []
+    key: str = ""
 
 
 class ModelStatus(_Map):
@@ -203,7 +207,8 @@ class ModelStatus(_Map):
 
 
 class ControllerStatus(_Map):
-    """A controller's whole state, as `zmqserve status` shows it. `counters` only ever rise."""
+    """A controller's whole state, as `zmqserve status` shows it. `counters` only ever rise. `key`: the name of the asker's key. One that
+    is no admin's is shown its own requests and the models that it may use, and no counters."""
 
     controller: str
     version: str
@@ -219,6 +224,7 @@ class ControllerStatus(_Map):
     waiting: int = 0
     outbox_bytes: int = 0
     counters: dict[str, int] = {}
+    key: str = ""
 
 
 # --- client -> controller ----------------------------------------------------------------------

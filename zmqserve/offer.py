@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from .messages import MAX_SLOTS, ModelCard
-from .registry import Pool
+from .pool import Pool
 
 CAUTION = ("exact", "approximate", "refused")
 """How an answer goes on elsewhere (ModelCard.resume), the least promise last."""

@@ -25,6 +25,10 @@ class Outgoing:
     def __bool__(self) -> bool:
         return bool(self._calls or self._cancels)
 
+    def __len__(self) -> int:
+        """How many requests wait."""
+        return len(self._calls)
+
     def __iter__(self) -> Iterator[Call]:
         """The requests that wait and are still wanted."""
         return (call for call in self._calls if call.end is None)

@@ -9,6 +9,7 @@ from typing import Any
 import zmq
 
 from .broker import Broker
+from .credentials import Credentials
 from .linkport import LinkPort
 from .sockets import SocketLimits
 from .uplink import Uplink
@@ -16,7 +17,7 @@ from .uplink import Uplink
 
 class Parents:
     """One Uplink and one LinkPort for each parent of `broker.config`. The broker ticks the uplinks; `polled` and `serve` are for the
-    loop. Raises InvalidEndpoint."""
+    loop. Raises InvalidEndpoint and InvalidParameter."""
 
     def __init__(
         self, broker: Broker, context: zmq.Context[zmq.Socket[bytes]], name: str, report: Callable[..., None], random: Random, now: float
@@ -25,9 +26,10 @@ class Parents:
         limits = SocketLimits(config.message_bytes, config.pipe_messages)
         self._pairs: list[tuple[Uplink, LinkPort]] = []
         try:
+            keys = Credentials(config.parent_key, config.parent_controller_key, config.parents, prefix="parent_")
             for endpoint in config.parents:
                 uplink = Uplink(broker, name, report=report, now=now)
-                port = LinkPort(context, endpoint, limits, uplink, ttl_s=config.ttl_s, random=random, now=now)
+                port = LinkPort(context, endpoint, limits, uplink, credentials=keys, ttl_s=config.ttl_s, random=random, now=now)
                 uplink.attach(port.link, renew=port.fresh_socket)
                 self._pairs.append((uplink, port))
         except BaseException:

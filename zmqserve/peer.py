@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Protocol
 
-from .errors import ControllerLost, ControllerUnreachable, GoingAway, ProtocolMismatch, ZmqserveError
+from .errors import ControllerLost, ControllerUnreachable, GoingAway, ProtocolMismatch, Unauthenticated, ZmqserveError
 from .liveness import BEATS_PER_TTL, Agenda, Timer
 from .messages import PROTOCOL, Hello, Limits, Ping, Pong, Welcome, encode
 
@@ -115,6 +115,11 @@ class Peer:
         """Whether a Hello or Ping waits for the wire to take it."""
         return self._hello_waits or bool(self._ping)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether every endpoint has turned this client away for good since it last had a controller: it need not be asked again soon."""
+        return len(self._refusals) == len(self.endpoints) and not any(error().retryable for error in self._refusals.values())
+
     def heard(self, now: float) -> None:
         """Any message is a sign of life."""
         self.heard_s = now
@@ -203,6 +208,13 @@ class Peer:
         else:
             self._refusals[self._at] = error
             self._next(now)
+
+    def on_shut_out(self, now: float, why: str) -> None:
+        """A handshake failed: the connection was made, and one end turned the other away. `why` says whose fault that is."""
+        if self.state is State.GREETING:
+            message = f"the controller at {self.endpoint} does not let this client in: {why}"
+            data = {"endpoint": self.endpoint}
+            self.on_refusal(now, lambda: Unauthenticated(message, data=data))
 
     def on_go_away(self, now: float, why: str) -> None:
         """It takes nothing new, and ends what it has."""

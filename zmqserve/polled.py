@@ -284,10 +284,7 @@ def _on_news(client: weakref.ref[PolledClient], asked: weakref.ref[Asked]) -> No
     owner, what = client(), asked()
     if owner is None or what is None:
         return
-    if what._open.ready:
-        owner._note(what)
-    else:
-        owner._watch(what)  # it has left, that is all
+    owner._note(what)
 
 
 def _card(end: Any) -> ModelCard:

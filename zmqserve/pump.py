@@ -15,8 +15,8 @@ from .call import Call
 from .line import Line
 from .sockets import SocketLimits
 
-TURN_MESSAGES = 256
-"""How many messages are read at most before others get their turn."""
+TURN_S = 0.002
+"""How long messages are read before others get their turn: by time, since one may hold a token or thousands."""
 CLOSE_LINGER_MS = 100
 """How long the last Cancels may take to leave when a client with open requests is closed."""
 
@@ -28,9 +28,6 @@ class Awaited(Protocol):
 
     @property
     def ready(self) -> bool: ...
-
-    @property
-    def sent(self) -> bool: ...
 
 
 class Pump:
@@ -47,7 +44,7 @@ class Pump:
         on_terminated: Callable[[], object],
         selector: BaseSelector | None = None,
     ) -> None:
-        self.line = Line(context, SocketLimits(), selector)
+        self.line = Line(context, SocketLimits(), asking.credentials, selector)
         self.session = asking.session(self.line)
         self.suspects = self.closed = False
         self.abandoned: deque[Call] = deque()
@@ -56,10 +53,12 @@ class Pump:
     def __repr__(self) -> str:
         return f"Pump({self.session!r})"
 
-    def open(self, now: float, ask: Ask, *, collect: bool) -> Call:
+    def open(self, now: float, ask: Ask, *, collect: bool, later: bool = False) -> Call:
         """Begin a request; see Session.open."""
         request, timeout_s, resume, retries, patient = ask
-        return self.session.open(now, request, timeout_s=timeout_s, collect=collect, resume=resume, retries=retries, patient=patient)
+        return self.session.open(
+            now, request, timeout_s=timeout_s, collect=collect, resume=resume, retries=retries, patient=patient, later=later
+        )
 
     def turn(self, call: Awaited | None = None, *, woken: bool = False) -> bool:
         """Read what has arrived, until `call` is ready, and do what is due. `woken`: by the socket, most likely, so that it need not be
@@ -67,6 +66,8 @@ class Pump:
         if self.closed:
             return False
         now = monotonic()
+        if self.session.blocked:
+            self.session.flush()
         due_s = self.session.next_s()
         due = due_s is not None and due_s <= now
         looks = due or self.suspects or self.line.broken
@@ -88,7 +89,11 @@ class Pump:
             self._read(now, None)
             if self.line.broken and not self.line.dirty:
                 self.line.broken = False
+                shut_out = self.line.shut_out if self.session.greets else ""
                 self.session.on_disconnected(now)
+                if shut_out:
+                    self.line.hang_up()
+                    self.session.on_shut_out(now, shut_out)
 
     def cancel_abandoned(self) -> None:
         """Give up the calls whose streams were forgotten."""
@@ -118,11 +123,12 @@ class Pump:
             if not (woken or line.readable()):
                 line.dirty = False
                 return False
-            for _ in range(TURN_MESSAGES):
+            until_s = now + TURN_S
+            while True:
                 # Not bound outside of the loop: a message may make the session connect anew.
                 on_message(now, line.recv())
                 had = True
-                if call is not None and call.ready:
+                if (call is not None and call.ready) or monotonic() >= until_s:
                     break
         except zmq.Again:
             line.dirty = False

@@ -19,7 +19,7 @@ from random import Random
 from msgspec.structs import replace
 
 from .call import Call, ClientRequest
-from .errors import GoingAway, Overloaded, RetryLater, UnknownModel, WorkerLost, ZmqserveError
+from .errors import GoingAway, Overloaded, QuotaExceeded, RateLimited, RetryLater, UnknownModel, WorkerLost, ZmqserveError
 from .liveness import Backoff
 from .messages import Drain, Generate, ListModels, Resume, Status
 
@@ -146,11 +146,11 @@ class Recovery:
     def _turned_down(self, now: float, call: Call, error: ZmqserveError) -> float | None:
         # A controller that has just started does not know all its workers yet.
         passing = (isinstance(error, RetryLater) and error.retryable) or isinstance(error, UnknownModel)
-        if passing and now < self.until_s:
+        if passing and now < self.until_s and (call.next_seq == 0 or resumable(call)):
             if self._pauses is None:
                 self._pauses = Backoff(FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
             pause_s = self._pauses.next_s()
-            if isinstance(error, Overloaded):
+            if isinstance(error, Overloaded | RateLimited | QuotaExceeded):
                 pause_s = max(pause_s, (error.retry_after_ms or 0) / 1000)
             if now + pause_s < self.until_s:
                 return pause_s

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import ceil
-from random import Random
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from .dispatch import Affinity, Allowed, Policy
 from .liveness import Lease, Timer
-from .messages import Load, ModelCard, Ready
+from .messages import Load, Ready
 from .need import Need
+from .pool import NewPolicy, Pool
 from .share import Share
 from .waiting import WaitingRoom
 
@@ -24,18 +22,20 @@ MOST_LIGHT = 64
 
 QUIET_SHARE = 0.5
 """Of its ttl: a worker beats every third of it."""
-TRIAL_ROUNDS = 16
-"""About so many turns until all suspects have been tried, however many there are: isolation must not cost more than it saves."""
 
 
 class Worker:
     """A registered worker. `running` is this controller's own exact count of slots in use, `others` what it reports of others'.
 
-    `shares`: the same for each model that it offers, or that it does not offer any more and still answers.
+    `shares`: the same for each model that it offers, or that it does not offer any more and still answers. `user` is its key, where it
+    has one, and `key` that one's name.
+    `watching`: those of its pools that know its load and state as they are, and must be told when they change.
     """
 
-    def __init__(self, identity: bytes, ready: Ready, epoch: int, now: float) -> None:
+    def __init__(self, identity: bytes, ready: Ready, epoch: int, now: float, user: str | None = None, key: str = "") -> None:
         self.identity = identity
+        self.user = user
+        self.key = key
         self.epoch = epoch
         self.name = ready.name
         self.lease = Lease(ready.ttl_ms / 1000, now)
@@ -44,6 +44,7 @@ class Worker:
         self.draining = False
         self.stalled_s: float | None = None
         self.pools: list[Pool] = []
+        self.watching: dict[Pool, None] = {}
         self.timers: list[Timer] = []
         self.flights: dict[tuple[int, int], Flight] = {}
         self.running = 0
@@ -97,7 +98,9 @@ class Worker:
     @property
     def free(self) -> int:
         """Slots that dispatch may use now."""
-        return max(0, self.slots - self.running - self.others) if self.usable else 0
+        if self.loading or self.draining or self.stalled_s is not None:
+            return 0
+        return max(0, self.slots - self.running - self.others)
 
     def has_room(self, need: Need) -> bool:
         """Whether it may get one more request of that kind now."""
@@ -113,127 +116,8 @@ class Worker:
         return self.others != before or any(relented)
 
 
-NewPolicy: TypeAlias = Callable[[Callable[[Worker], int]], Policy[Worker]]
-"""Makes a pool's policy, which is told how to ask for a worker's free slots."""
-
-
-class Pool:
-    """One model: the workers that serve it, their policy and the requests that wait for it.
-
-    It outlives its last worker for a while, so that requests survive a restart of it.
-    """
-
-    def __init__(self, model: str, new_policy: NewPolicy, waiting: WaitingRoom) -> None:
-        self.model = model
-        self.policy = new_policy(self.free)
-        self.waiting = waiting
-        self.workers: dict[bytes, Worker] = {}
-        self.card = ModelCard(model)
-        """As its first ready worker offers it (or a loading one, or the last that there was)."""
-        self.aliases: frozenset[str] = frozenset()
-        self.running = 0
-        self.orphan_timer: Timer | None = None
-        self._affinity: Affinity[Worker] | None = None
-        self._verbs: frozenset[str] = frozenset()
-
-    def __repr__(self) -> str:
-        return f"Pool({self.model!r}, {len(self.workers)} workers, {len(self.waiting)} waiting)"
-
-    @property
-    def state(self) -> str:
-        """ready, loading, or ``no worker``."""
-        if not self.workers:
-            return "no worker"
-        return "loading" if all(map(self.loads, self.workers.values())) else "ready"
-
-    def loads(self, worker: Worker) -> bool:
-        """Whether this worker has not loaded the model yet. A controller below may be ready for others: its card names no verbs then."""
-        return worker.loading or not worker.cards[self.model].verbs
-
-    def add(self, worker: Worker) -> None:
-        """A worker of this model has come."""
-        self.workers[worker.identity] = worker
-        self.policy.add(worker)
-        if self._affinity is not None:
-            self._affinity.add(worker)
-        self._members_changed()
-
-    def remove(self, worker: Worker) -> None:
-        """A worker of this model has gone."""
-        del self.workers[worker.identity]
-        self.policy.remove(worker)
-        if self._affinity is not None:
-            self._affinity.remove(worker)
-        self._members_changed()
-
-    def update(self, worker: Worker) -> None:
-        """A worker of this model offers it in another way."""
-        self.policy.changed(worker)
-        self._members_changed()
-
-    @property
-    def slots(self) -> int:
-        """How many requests of this model its workers take at a time, all together."""
-        return sum(worker.shares[self.model].of(worker.slots) for worker in self.workers.values())
-
-    def free(self, worker: Worker) -> int:
-        """Slots of this worker that dispatch may use now for this model."""
-        share = worker.shares[self.model]
-        if share.slots is None and not share.others:  # as most: for each request this is asked several times
-            return worker.free
-        return share.free(worker.free, worker.slots)
-
-    def can(self, need: Need) -> bool:
-        """Whether any worker that has loaded the model meets the need, free or not."""
-        return any(not self.loads(worker) and need.met_by(worker.cards[self.model]) for worker in self.workers.values())
-
-    def hopeless(self, need: Need) -> bool:
-        """Whether no worker there is, loading ones included, will ever meet the need."""
-        return not any(self.loads(worker) or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
-
-    def serves(self, worker: Worker, need: Need) -> bool:
-        """Whether this worker meets the need, has a slot for this model if it takes one, and may try one more suspect if it is one."""
-        able = need.met_by(worker.cards[self.model]) and not (need.slotted and self.free(worker) <= 0)
-        return able and not (need.trial and worker.trials >= self.trials_at_once)
-
-    @property
-    def trials_at_once(self) -> int:
-        """How many suspects a worker may try at the same time."""
-        return max(1, ceil(self.waiting.suspects / (TRIAL_ROUNDS * max(1, len(self.workers)))))
-
-    def pick(self, need: Need, random: Random, affinity: str | None = None, avoid: frozenset[str] = frozenset()) -> Worker | None:
-        """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
-        allowed: Allowed[Worker] = None
-        if need.verb not in self._verbs or need.fingerprint is not None or need.trial:
-            allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
-        if avoid:
-            worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
-            if worker is not None:
-                return worker
-        worker = self.policy.pick(random, allowed)
-        if worker is None or affinity is None:
-            return worker
-        if self._affinity is None:
-            self._affinity = Affinity(self.free)
-            for member in self.workers.values():
-                self._affinity.add(member)
-        return self._affinity.pick(affinity, worker, allowed)
-
-    def any_usable(self, need: Need, random: Random) -> Worker | None:
-        """A worker that may get a request which takes no slot, whether its slots are full or not."""
-        fitting = [worker for worker in self.workers.values() if worker.has_room(need) and self.serves(worker, need)]
-        return random.choice(fitting) if fitting else None
-
-    def _members_changed(self) -> None:
-        offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not self.loads(worker)]
-        self._verbs = frozenset.intersection(*offers) if offers else frozenset()  # what any of them can do needs no check
-        if self.workers:
-            self.card = min(self.workers.values(), key=self.loads).cards[self.model]
-            self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)
-
-
 class Registry:
-    """All workers and pools. A worker's load changes through `take`, `give_back` and `touch`, which tell the policies.
+    """All workers and pools. A worker's load changes through `take`, `give_back` and `touch`, which tell its pools.
 
     `changes` counts those of who offers what, `moves` those of loads and states: who tells others of the whole looks again then.
     """
@@ -308,6 +192,11 @@ class Registry:
         """The pool of a model, by its name or an alias."""
         return self.pools.get(model) or self.pools.get(self._aliases.get(model, ""))
 
+    @property
+    def names(self) -> int:
+        """How many models and aliases there are."""
+        return len(self.pools) + len(self._aliases)
+
     def known_models(self) -> list[str]:
         """Every model's name, sorted."""
         return sorted(self.pools)
@@ -337,10 +226,12 @@ class Registry:
         self.touch(worker)
 
     def touch(self, worker: Worker) -> None:
-        """Its load or state has changed: tell the policies."""
+        """Its load or state has changed: tell the pools that have not heard yet."""
         self.moves += 1
-        for pool in worker.pools:
-            pool.policy.changed(worker)
+        if worker.watching:
+            for pool in worker.watching:
+                pool.moved[worker] = None
+            worker.watching.clear()
 
     def _name_aliases(self) -> None:
         self.changes += 1

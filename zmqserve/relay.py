@@ -1,180 +1,127 @@
 """The hot path: frames in, frames out, by raw calls of pyzmq's compiled base class.
 
 `socket.recv_multipart` costs 3.7 us for three frames, three raw calls 0.4 us; asking for RCVMORE after each message costs
-another 0.7 us. So a worker's MORE, two frames behind its routing id, is read without asking where it ends: its head (kind,
+another 1 to 2 us. So a worker's MORE, two frames behind its routing id, is read without asking where it ends: its head (kind,
 epoch, client number) is looked up whole in `Flights.routes`, and a hit proves that the reader is in step, since nobody
-else knows that epoch. On a miss RCVMORE is asked, and a reader that lost step (a peer sent a frame too many or too few)
-finds the next message again by the epochs.
+else knows that epoch. On a miss the payload is read as a frame that tells whether more follows, and a reader that lost
+step (a peer sent a frame too many or too few) finds the next message again by the epochs.
 """
 
 from __future__ import annotations
 
-import errno
-from collections import deque
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import msgspec
 import zmq
 
 from . import messages as m
+from .access import UNREAD
 from .broker import Broker
 from .delivery import FULL, GONE, SENT
-from .sockets import NOBLOCK, SNDMORE, raw_calls
+from .port import Port
+from .sockets import NOBLOCK, SNDMORE
 
 MAX_ENVELOPE = 16
 """Routing ids before a client's payload: each proxy on the way adds one."""
 MAX_ROUTING_ID = 255
 """Bytes of a routing id: libzmq's own limit."""
-FIRST_RETRY_S, LAST_RETRY_S = 0.001, 0.05
+TURN_S = 0.02
+"""After so long the other socket has its turn, however much waits at this one: some messages cost more than others."""
+GATHERED = 32
+"""Messages read before what they gave rise to is sent."""
 
 
-class Outbox:
-    """Messages for one peer whose pipe is full, in order."""
+def user_of(frame: zmq.Frame) -> str | None:
+    """The key that the frame's sender has shown, as text; None: it is of this process, which libzmq asks for none.
 
-    __slots__ = ("bytes", "messages", "retry_after_s", "retry_s")
-
-    def __init__(self) -> None:
-        self.messages: deque[tuple[bytes, ...]] = deque()
-        self.bytes = 0
-        self.retry_s = 0.0
-        self.retry_after_s = FIRST_RETRY_S
-
-    def __repr__(self) -> str:
-        return f"Outbox({len(self.messages)} messages, {self.bytes} bytes)"
-
-
-class Port:
-    """A ROUTER socket whose sends never block and never drop in silence.
-
-    `outbox_bytes` bounds what waits for one peer, `total_bytes` what waits for all; `waiting_bytes` is what does.
+    It hangs on every frame of a connection, so nothing has to be remembered that another peer might inherit: routing ids may be chosen.
     """
+    try:
+        user = frame.get("User-Id")
+    except zmq.ZMQError:
+        return None
+    return str(user)
 
-    def __init__(self, socket: zmq.Socket[bytes], outbox_bytes: int, compiled: bool = True, total_bytes: int | None = None) -> None:
-        self.socket = socket
-        self.recv, self.send_frame = raw_calls(socket, compiled)
-        self.outboxes: dict[bytes, Outbox] = {}
-        self.waiting_bytes = 0
-        self.dropped = 0
-        self._limit = outbox_bytes
-        self._total = total_bytes
 
-    def __repr__(self) -> str:
-        return f"Port({len(self.outboxes)} outboxes, {self.dropped} dropped)"
+def key_of(frame: zmq.Frame) -> str:
+    """The same where there is no way in from this process: whoever has shown no key is nobody that is known."""
+    return user_of(frame) or UNREAD
 
-    @property
-    def largest(self) -> bytes | None:
-        """The peer for whom the most waits, while more than `total_bytes` wait for all."""
-        if self._total is None or self.waiting_bytes <= self._total:
-            return None
-        return max(self.outboxes, key=lambda identity: self.outboxes[identity].bytes)
 
-    def drop(self, identity: bytes) -> list[tuple[bytes, ...]]:
-        """Let go of what waits for a peer; returns it."""
-        box = self.outboxes.pop(identity, None)
-        if box is None:
-            return []
-        self.waiting_bytes -= box.bytes
-        self.dropped += len(box.messages)
-        return list(box.messages)
-
-    def send(self, *frames: bytes) -> int:
-        """Send a message whose first frame is the peer's routing id: SENT (or kept in order for later), GONE, or FULL."""
-        box = self.outboxes.get(frames[0])
-        if box is None:
-            status = self._try(frames)
-            if status != FULL:
-                return status
-            box = self.outboxes[frames[0]] = Outbox()
-        elif box.bytes > 2 * self._limit:
-            self.dropped += 1
-            return FULL
-        size = sum(map(len, frames))
-        box.messages.append(frames)
-        box.bytes += size
-        self.waiting_bytes += size
-        return FULL if box.bytes > self._limit else SENT
-
-    def flush(self, now: float) -> list[bytes]:
-        """Try again what waits and is due; returns the routing ids of peers that are gone."""
-        gone = []
-        for identity, box in list(self.outboxes.items()):
-            if box.retry_s > now:
-                continue
-            moved = False
-            while box.messages:
-                status = self._try(box.messages[0])
-                if status == FULL:
-                    box.retry_after_s = FIRST_RETRY_S if moved else min(LAST_RETRY_S, box.retry_after_s * 2)
-                    box.retry_s = now + box.retry_after_s
-                    break
-                if status == GONE:
-                    gone.append(identity)
-                    box.messages.clear()
-                    self.waiting_bytes -= box.bytes
-                    break
-                moved = True
-                size = sum(map(len, box.messages.popleft()))
-                box.bytes -= size
-                self.waiting_bytes -= size
-            if not box.messages:
-                del self.outboxes[identity]
-        return gone
-
-    def next_s(self) -> float | None:
-        """When `flush` has something to do; None when nothing waits."""
-        return min((box.retry_s for box in self.outboxes.values()), default=None)
-
-    def _try(self, frames: tuple[bytes, ...]) -> int:
-        send = self.send_frame
-        try:
-            for frame in frames[:-1]:
-                send(frame, SNDMORE)
-            send(frames[-1], NOBLOCK)
-        except zmq.Again:
-            return FULL
-        except zmq.ZMQError as error:
-            if error.errno == errno.EHOSTUNREACH:
-                return GONE
-            raise
-        return SENT
+def _nobody(_frame: zmq.Frame) -> None:
+    """There are no keys."""
 
 
 class Relay:
-    """Moves messages between two ports and a broker."""
+    """Moves messages between two ports and a broker. `user_of` tells the broker whose each message is; None: there are no keys."""
 
-    def __init__(self, broker: Broker, clients: Port, workers: Port) -> None:
+    def __init__(self, broker: Broker, clients: Port, workers: Port, user_of: Callable[[zmq.Frame], str | None] | None = None) -> None:
         self.broker = broker
         self.clients, self.workers = clients, workers
+        self.clock = time.monotonic
+        self._user_of = user_of or _nobody
         self._heads = msgspec.msgpack.Decoder(m.WorkerHead)
         self._unsure: tuple[bytes, bytes] | None = None
         broker.flights.delivery.drop_outbox = clients.drop
+        broker.members.drop_outbox = workers.drop
 
     def __repr__(self) -> str:
         return f"Relay({self.clients!r}, {self.workers!r})"
 
     def from_workers(self, now: float, most: int) -> None:
         """Read up to `most` messages of workers, as long as there are any."""
-        recv, send = self.workers.recv, self.clients.send_frame
-        outboxes = self.clients.outboxes
-        flights = self.broker.flights
-        routes = flights.routes
+        self._in_turns(self.workers, self._read_workers, now, most)
+
+    def from_clients(self, now: float, most: int) -> None:
+        """Read up to `most` messages of clients, as long as there are any."""
+        self._in_turns(self.clients, self._read_clients, now, most)
+
+    def _in_turns(self, port: Port, read: Callable[[float, int], bool], now: float, most: int) -> None:
+        """What the first message gives rise to is sent at once: it may be the only one. The rest is sent in turns of GATHERED, since
+        a message for an idle connection wakes libzmq's thread, which costs more than the message."""
+        clients, workers = self.clients, self.workers
+        left = most - 1
+        ends_s = self.clock() + TURN_S
+        more = read(now, 1) and port.readable()
+        while more and left > 0 and self.clock() < ends_s:
+            clients.gathering = workers.gathering = True
+            try:
+                more = read(now, min(left, GATHERED))
+            finally:
+                clients.gathering = workers.gathering = False
+            left -= GATHERED
+            if clients.outboxes or workers.outboxes:
+                self.flush(now)
+
+    def _read_workers(self, now: float, most: int) -> bool:
+        """Whether there were as many."""
+        recv, send, noblock, sndmore = self.workers.recv, self.clients.send_frame, NOBLOCK, SNDMORE
+        outboxes, post = self.clients.outboxes, self.clients.post
+        delivery = self.broker.flights.delivery
+        route_of = self.broker.flights.routes.get
         unsure = self._unsure  # routing id and payload of the last message that was read without asking for its end
         for _ in range(most):
-            frames = []
             try:
-                frames.append(identity := recv(NOBLOCK))
-                frames.append(head := recv(NOBLOCK))
-                frames.append(payload := recv(NOBLOCK))
+                identity = recv(noblock)
             except zmq.Again:
-                if not frames:
-                    break
-                self._resynchronise(now, unsure, frames)
+                self._unsure = unsure
+                return False
+            head = None
+            try:
+                head = recv(noblock)
+                route = route_of(head)
+                if route is None or route.identity != identity:
+                    frame = recv(noblock, False)
+                    route = None
+                else:
+                    payload = recv(noblock)
+            except zmq.Again:
+                self._resynchronise(now, unsure, [identity] if head is None else [identity, head])
                 unsure = None
                 continue
-            route = routes.get(head)
-            if route is None or route.identity != identity:
-                self._slow(now, unsure, frames)
-                self._relieve(now)
+            if route is None:
+                self._slow(now, unsure, identity, head, frame)
                 unsure = None
                 continue
             unsure = (identity, payload)
@@ -183,23 +130,31 @@ class Relay:
             if client.gone:
                 continue
             envelope = client.envelope
-            if outboxes or len(envelope) > 1:
-                flights.delivery.chunks(client, payload, now)
+            if len(envelope) > 1:
+                delivery.chunks(client, payload, now)
+                self._relieve(now)
+                continue
+            if outboxes and envelope[0] in outboxes:
+                if (status := post(envelope[0], payload)) != SENT:
+                    delivery.connection_failed(envelope[0], status, now)
                 self._relieve(now)
                 continue
             try:
-                send(envelope[0], SNDMORE)
-                send(payload, NOBLOCK)
+                send(envelope[0], sndmore)
+                send(payload, noblock)
             except zmq.ZMQError:
-                flights.delivery.chunks(client, payload, now)
+                delivery.chunks(client, payload, now)
         self._unsure = unsure
+        return True
 
-    def _slow(self, now: float, unsure: tuple[bytes, bytes] | None, frames: list[bytes]) -> None:
+    def _slow(self, now: float, unsure: tuple[bytes, bytes] | None, identity: bytes, head: bytes, frame: zmq.Frame) -> None:
         """A message that is no plain MORE, or a reader out of step."""
-        if self.workers.socket.getsockopt(zmq.RCVMORE):
-            self._resynchronise(now, unsure, frames)
+        if frame.more:
+            self._resynchronise(now, unsure, [identity, head, frame.bytes])
         else:
-            self.broker.from_worker(now, frames[0], frames[1], frames[2], certain=unsure is None)
+            self.broker.from_worker(now, identity, head, frame.bytes, certain=unsure is None, user=self._user_of(frame))
+        if self.clients.waiting_bytes > self.clients.total_bytes:
+            self._relieve(now)
 
     def _resynchronise(self, now: float, unsure: tuple[bytes, bytes] | None, frames: list[bytes]) -> None:
         """Read on to a message's end, then pick out what is a message by its sender's epoch.
@@ -220,7 +175,7 @@ class Relay:
         else:
             self._suspect(unsure[0])
         for message in self._messages_in(frames):
-            broker.from_worker(now, *message)
+            broker.from_worker(now, *message, user=UNREAD)
         if guilty is not None:
             broker.members.violation(now, guilty, "its message had not exactly two frames")
 
@@ -235,6 +190,9 @@ class Relay:
         while place + 3 <= len(frames):
             identity, head, payload = frames[place : place + 3]
             if self._is_head_of(identity, head):
+                if place + 3 < len(frames) and self._is_head_of(payload, frames[place + 3]):
+                    place += 2  # cut short: what would be its payload is the next message's routing id
+                    continue
                 yield identity, head, payload
                 place += 3
             else:
@@ -247,18 +205,20 @@ class Relay:
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
             return False
 
-    def from_clients(self, now: float, most: int) -> None:
-        """Read up to `most` messages of clients, as long as there are any."""
-        recv, take = self.clients.recv, self.broker.from_client
+    def _read_clients(self, now: float, most: int) -> bool:
+        """Whether there were as many."""
+        clients, take, user_of = self.clients, self.broker.from_client, self._user_of
+        recv = clients.recv
         for _ in range(most):
             try:
                 identity = recv(NOBLOCK)
             except zmq.Again:
-                break
+                return False
             frame = recv(NOBLOCK, copy=False)
             if not frame.more:
-                take(now, (identity,), frame.bytes)
-                self._relieve(now)
+                take(now, (identity,), frame.bytes, user_of(frame))
+                if clients.waiting_bytes > clients.total_bytes:
+                    self._relieve(now)
                 continue
             envelope: list[bytes] = [identity]
             fits = True
@@ -268,25 +228,42 @@ class Relay:
                     envelope.append(frame.bytes)
                 frame = recv(NOBLOCK, copy=False)
             if fits:
-                take(now, tuple(envelope), frame.bytes)
+                take(now, tuple(envelope), frame.bytes, user_of(frame))
             else:
                 self.broker.counters["dropped: envelope too large"] += 1
+        return True
 
     def _relieve(self, now: float) -> None:
         """While more waits for all clients than may, the one for whom the most waits is treated as one that does not read."""
+        if self.clients.largest is None:
+            return
+        self._send_again(now)  # what was only gathered is nobody's fault
         while (identity := self.clients.largest) is not None:
             self.broker.counters["outboxes over their total"] += 1
             self.broker.flights.delivery.connection_failed(identity, FULL, now)
 
     def flush(self, now: float) -> None:
         """Try again what waits in outboxes, and tell the broker who is gone."""
+        self._send_again(now)
         self._relieve(now)
+        while (identity := self.workers.largest) is not None:
+            self._drop_worker(identity, now)
+
+    def _send_again(self, now: float) -> None:
         for identity in self.clients.flush(now) if self.clients.outboxes else ():
             self.broker.flights.delivery.connection_failed(identity, GONE, now)
         for identity in self.workers.flush(now) if self.workers.outboxes else ():
             worker = self.broker.registry.workers.get(identity)
             if worker is not None:
                 self.broker.members.lose(worker, "connection lost", now)
+
+    def _drop_worker(self, identity: bytes, now: float) -> None:
+        """The peer at the worker socket for whom the most waits, while more waits for all than may: it does not read."""
+        self.broker.counters["outboxes over their total"] += 1
+        self.workers.drop(identity)
+        worker = self.broker.registry.workers.get(identity)
+        if worker is not None:
+            self.broker.members.fence(worker, "does not read", now)
 
     def next_s(self) -> float | None:
         """When `flush` is due."""

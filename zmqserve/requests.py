@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import secrets
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict
 
 from .errors import InvalidParameter
 from .jobs import checked
 from .messages import MAX_NAME, MAX_RID, ChatMessage, CountTokens, Drain, Embed, Generate, ModelDetails, pack_ids
-from .params import EmbedParams, Guided, SamplingParams, build, invalid
+from .params import EmbedParams, Guided, SamplingParams, invalid
 
 Turn: TypeAlias = ChatMessage | Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Turn]
@@ -84,29 +84,28 @@ class Routing:
 
 def new_rid() -> int:
     """A request id. It is a capability, which nobody may guess: 63 random bits, never 0."""
-    return secrets.randbelow(MAX_RID) + 1
+    return int.from_bytes(os.urandom(8)) & MAX_RID or new_rid()
 
 
-def generate(model: str, prompt: Prompt, params: SamplingParams | None, sampling: Mapping[str, Any], routing: Routing) -> Generate:
+def generate(model: str, prompt: Prompt, params: SamplingParams, routing: Routing) -> Generate:
     """The request for a streamed answer."""
     text, turns, ids = _split(prompt)
-    return checked(
-        Generate(
-            new_rid(),
-            check_name("model", model),
-            routing.priority,
-            routing.deadline_ms,
-            routing.affinity,
-            trace=routing.trace,
-            prompt=text,
-            messages=turns,
-            token_ids=ids,
-            params=build(SamplingParams, params, sampling),
-        )
+    # Whatever jobs.checked would find is found by now.
+    return Generate(
+        new_rid(),
+        check_name("model", model),
+        routing.priority,
+        routing.deadline_ms,
+        routing.affinity,
+        trace=routing.trace,
+        prompt=text,
+        messages=turns,
+        token_ids=ids,
+        params=params,
     )
 
 
-def embed(model: str, texts: Sequence[str], params: EmbedParams | None, options: Mapping[str, Any], routing: Routing) -> Embed:
+def embed(model: str, texts: Sequence[str], params: EmbedParams, routing: Routing) -> Embed:
     """The request for one vector per text."""
     if isinstance(texts, str | bytes) or not _is_list(texts):
         raise invalid("texts", texts, "a list of texts (put a single one into a list)")
@@ -123,7 +122,7 @@ def embed(model: str, texts: Sequence[str], params: EmbedParams | None, options:
             routing.affinity,
             trace=routing.trace,
             texts=texts,
-            params=build(EmbedParams, params, options),
+            params=params,
         )
     )
 
@@ -191,13 +190,13 @@ def check_count(what: str, value: object) -> int:
 
 
 def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes | None]:
-    """The prompt in the field that is for its kind."""
-    if isinstance(prompt, str):
-        return prompt, None, None
-    if isinstance(prompt, bytes) or not _is_list(prompt):
+    """The prompt, which is not empty, in the field that is for its kind."""
+    if not isinstance(prompt, str) and (isinstance(prompt, bytes) or not _is_list(prompt)):
         raise invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise InvalidParameter("prompt is empty: there is nothing to answer", data={"parameter": "prompt"})
+    if isinstance(prompt, str):
+        return prompt, None, None
     if isinstance(prompt[0], ChatMessage | Mapping):
         return None, [_turn(position, turn) for position, turn in enumerate(prompt)], None
     try:

@@ -7,7 +7,7 @@ The owner calls everything here under one lock, and `tick` and `on_disconnected`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from .call import ANSWERS, Call, ClientRequest, gap
 from .draining import Draining
-from .errors import ConnectionFailed, DeadlineExceeded, MalformedMessage, ZmqserveError, from_wire
+from .errors import ConnectionFailed, DeadlineExceeded, MalformedMessage, Unauthenticated, ZmqserveError, from_wire
 from .failover import Failover
 from .liveness import Agenda
 from .messages import (
@@ -124,8 +124,10 @@ class Session:
         resume: bool = True,
         retries: int = 0,
         patient: bool = False,
+        later: bool = False,
     ) -> Call:
-        """Send a request, now or as soon as the controller is there. `collect`: no chunks, only the whole.
+        """Send a request, now or as soon as the controller is there. `collect`: no chunks, only the whole. `later`: with others, at the
+        next `flush`, unless it is the only one: the wire takes several at once for little more than one.
 
         `resume`: an answer that has begun goes on elsewhere when it loses its worker or controller. `retries`: how often the request
         is sent again when, before its first chunk, it ends with an error that may pass. `patient`: when a controller that was there is
@@ -137,7 +139,7 @@ class Session:
         call = Call(request, encoded(request), collect=collect, resume=resume, retries=retries, patient=patient)
         call.deadline_s = deadline_s = None if timeout_s is None else now + timeout_s
         try:
-            self._failover.begin(now, call)
+            self._failover.begin(now, call, later=later)
         except BaseException:
             self.cancel(call)
             raise
@@ -195,12 +197,11 @@ class Session:
         self._peer.heard(now)
         kind = type(message)
         if kind is Chunks:
-            for chunk in message.chunks:
-                self._on_chunk(chunk)
+            self._on_chunks(message.chunks)
         elif kind is FirstChunk:
             if message.fingerprint is not None:
                 self._on_first(now, message)
-            self._on_chunk(message)
+            self._on_chunks((message,))
         elif (handle := self._on.get(kind)) is None:
             self._on_end(now, message)
         elif self._peer.state is not State.AWAY:
@@ -212,6 +213,10 @@ class Session:
     def on_disconnected(self, now: float) -> None:
         """The connection has broken, and all that had come on it was read."""
         self._peer.on_disconnected(now)
+
+    def on_shut_out(self, now: float, why: str) -> None:
+        """The connection was made, and the handshake failed."""
+        self._peer.on_shut_out(now, why)
 
     def flush(self) -> None:
         """Send what waits, as far as the wire takes it: to be called when it may take something again."""
@@ -244,12 +249,14 @@ class Session:
             what = f"the answer of model {call.fingerprint} was continued by another, {first.fingerprint}"
             self._failover.drop(call, MalformedMessage(what))
 
-    def _on_chunk(self, chunk: Chunk) -> None:
-        call = self.calls.get(chunk.rid)
-        if call is None or not call.there:
-            self.strays += 1
-        elif (wrong := call.put(chunk, self._buffer_bytes)) is not None:
-            self._failover.drop(call, wrong)
+    def _on_chunks(self, chunks: Iterable[Chunk]) -> None:
+        call_of, buffer_bytes = self.calls.get, self._buffer_bytes
+        for chunk in chunks:
+            call = call_of(chunk.rid)
+            if call is None or not call.there:
+                self.strays += 1
+            elif (wrong := call.put(chunk, buffer_bytes)) is not None:
+                self._failover.drop(call, wrong)
 
     def _on_end(self, now: float, message: Any) -> None:
         """Done, Embedding and the like: exactly one ends a request."""
@@ -272,7 +279,7 @@ class Session:
         if not done.finish_reasons or (last is not None and (last.rid, last.seq) != (done.rid, done.seq)):
             self._failover.drop(call, MalformedMessage("a Done without finish reasons, or with another request's chunk"))
         elif last is not None:
-            self._on_chunk(last)
+            self._on_chunks((last,))
         elif done.seq != call.next_seq and not (done.seq == 0 and done.finish_reasons == ["cancelled"] and not done.timings.worker):
             # The exception is an end that the controller made itself: it does not know how far the answer had come.
             self._failover.drop(call, gap(call.next_seq, done.seq))
@@ -282,7 +289,9 @@ class Session:
             return from_wire(message.code, message.message, message.retryable, message.retry_after_ms, message.data)
 
         call = self.calls.get(message.rid)
-        if call is not None and call.there:
+        if message.code == Unauthenticated.code and self._peer.state is not State.AWAY:
+            self._peer.on_refusal(now, typed)  # of this client, not of one request
+        elif call is not None and call.there:
             self._failover.fail(now, call, typed())
         elif message.rid == 0 and self._peer.state is State.GREETING:
             self._peer.on_refusal(now, typed)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import resource
 import stat
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,7 @@ from typing import Any, cast
 
 import zmq
 
+from .curve import Curve, identify
 from .errors import BindFailed, InvalidEndpoint, InvalidParameter
 
 MAX_IPC_PATH = 107
@@ -28,19 +31,30 @@ NOBLOCK = int(zmq.NOBLOCK)
 SNDMORE = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 """Flags as plain integers: an `or` of the enum's members costs twice a whole send. SNDMORE never blocks either."""
 
+HANDSHAKE_MS = 1000
+"""What a peer of a controller gets to prove that it speaks ZMTP, and with CURVE who it is."""
 PULL_BUFFER_BYTES = 64 * 2**10
 """Of the kernel, for a bridge's jobs. Less than one segment of the loopback device would make them wait for the kernel's timers."""
 
+HANDSHAKES = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_EVENT = struct.Struct("=HI")
+_monitors = itertools.count()
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[^:/\s\[\]]+):(?P<port>\d+|\*)")
 
 
 @dataclass(frozen=True)
 class SocketLimits:
     """`message_bytes`: a larger message drops its sender's connection. `pipe_messages`: a peer's queue inside libzmq,
-    each way; kept short, since what waits beyond it is counted in bytes by the outboxes."""
+    each way; what waits beyond it is counted in bytes by the outboxes."""
 
     message_bytes: int = 64 * 2**20
-    pipe_messages: int = 512
+    pipe_messages: int = 2048
 
 
 def check_endpoint(endpoint: str, *, bind: bool) -> str:
@@ -147,18 +161,20 @@ def router(context: zmq.Context[zmq.Socket[bytes]], limits: SocketLimits) -> zmq
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # A connection that does not finish its handshake holds a descriptor. At libzmq's 30 s a few hundred silent ones
     # keep a ROUTER busy and deaf to newcomers.
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.BACKLOG, 1024)
     _common(socket, limits)
     return socket
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, limits: SocketLimits, *, immediate: bool) -> zmq.Socket[bytes]:
-    """A client's or worker's socket, connected to one controller: one with two endpoints would spread messages round-robin.
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], limits: SocketLimits, *, immediate: bool, curve: Curve | None = None
+) -> zmq.Socket[bytes]:
+    """A client's or worker's socket, to be connected to one controller: one with two endpoints would spread messages round-robin.
 
-    `immediate`: without a connection `send` says EAGAIN, instead of keeping heartbeats for later to arrive all at once.
+    `immediate`: without a connection `send` says EAGAIN, instead of keeping heartbeats for later to arrive all at once. `curve`: the keys
+    of both ends, None: without any.
     """
-    wanted = check_endpoint(endpoint, bind=False)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IPV6, 1)  # names may resolve to either family
     socket.setsockopt(zmq.IMMEDIATE, int(immediate))
@@ -168,12 +184,17 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, limits: Socke
     # A host that swallows packets is tried anew long before the kernel's own minutes are over.
     socket.setsockopt(zmq.CONNECT_TIMEOUT, 5000)
     _common(socket, limits)
-    try:
-        socket.connect(wanted)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise InvalidEndpoint(endpoint, error.strerror or str(error)) from None
+    if curve is not None:
+        identify(socket, curve)
     return socket
+
+
+def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """After its Monitor was made: a handshake may have failed before this returns. Raises InvalidEndpoint."""
+    try:
+        socket.connect(check_endpoint(endpoint, bind=False))
+    except zmq.ZMQError as error:
+        raise InvalidEndpoint(endpoint, error.strerror or str(error)) from None
 
 
 def pipeline(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: SocketLimits) -> zmq.Socket[bytes]:
@@ -183,9 +204,8 @@ def pipeline(context: zmq.Context[zmq.Socket[bytes]], kind: int, limits: SocketL
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     _common(socket, limits)
-    # Not every implementation answers ZMTP's heartbeats. The kernel's find half-open connections, too, if later.
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
-    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    # Who takes long over a message is no dead peer here, and what a broken connection had would be lost: as slow as pipelines are.
+    socket.setsockopt(zmq.TCP_MAXRT, 0)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
@@ -200,14 +220,27 @@ class Monitor:
 
     libzmq connects again by itself, and the other side takes that for a new peer: whatever it held for the old one is lost.
     Nothing is told of inproc connections. `fd` becomes readable, edge-triggered, when there may be something to `take`.
+    `handshake`: called by `take` with event and value of each handshake that was begun, completed or failed.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], handshake: Callable[[int, int], object] | None = None) -> None:
         self._socket = socket
-        self._events: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._handshake = handshake
+        events = zmq.EVENT_DISCONNECTED | (HANDSHAKES if handshake is not None else 0)
+        address = f"inproc://zmqserve.monitor.{next(_monitors)}"
+        socket.monitor(address, events)
+        self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
         self._events.setsockopt(zmq.LINGER, 0)
-        self.fd: int = self._events.fileno()
-        self.take()  # libzmq wakes only those who looked and found nothing
+        # At a limit libzmq's thread would wait, and with it all sockets of the context, until somebody looks: a client that has
+        # nothing to ask does not. One event for each try to connect is not much.
+        self._events.setsockopt(zmq.RCVHWM, 0)
+        try:
+            self._events.connect(address)
+            self.fd: int = self._events.fileno()
+            self.take()  # libzmq wakes only those who looked and found nothing
+        except BaseException:
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         return f"Monitor({self._socket!r})"
@@ -217,8 +250,11 @@ class Monitor:
         broken = 0
         with contextlib.suppress(zmq.Again):
             while True:
-                self._events.recv_multipart(NOBLOCK)
-                broken += 1
+                event, value = _EVENT.unpack(self._events.recv_multipart(NOBLOCK)[0])
+                if event == zmq.EVENT_DISCONNECTED:
+                    broken += 1
+                elif self._handshake is not None:
+                    self._handshake(event, value)
         return broken
 
     def close(self) -> None:
@@ -234,9 +270,22 @@ def _common(socket: zmq.Socket[bytes], limits: SocketLimits) -> None:
     socket.setsockopt(zmq.SNDHWM, limits.pipe_messages)
     socket.setsockopt(zmq.RCVHWM, limits.pipe_messages)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.message_bytes)
-    # ZMTP's own heartbeats find half-open tcp connections; the protocol's find hung programs.
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+    _find_half_open(socket)
+
+
+def _find_half_open(socket: zmq.Socket[bytes]) -> None:
+    """The kernel ends a tcp connection after 6 s that takes nothing, or whose other end is gone. Hung programs are the protocol's affair.
+
+    Not by ZMTP's heartbeats: libzmq (4.3.5) aborts the process when their timer meets a connection that was reset while its queue was
+    full, and a peer can bring that about.
+    """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 2)
+    # Keepalive waits while something is under way. This is TCP_USER_TIMEOUT of the kernel.
+    socket.setsockopt(zmq.TCP_MAXRT, 6000)
 
 
 def raw_calls(socket: zmq.Socket[bytes], compiled: bool = True) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .messages import PROTOCOL, ControllerStatus, ModelStatus, WorkerStatus
 
 if TYPE_CHECKING:
+    from .access import Account
     from .broker import Broker
-    from .registry import Pool, Worker
+    from .pool import Pool
+    from .registry import Worker
 
 
-def snapshot(broker: Broker, now: float) -> ControllerStatus:
-    """Everything that a controller knows, at `now`."""
+def snapshot(broker: Broker, now: float, account: Account | None = None) -> ControllerStatus:
+    """What a controller knows, at `now`: everything, or what an account may know that is no admin's."""
+    if account is not None and not account.admin:
+        return _of_account(broker, now, account)
     registry, flights = broker.registry, broker.flights
     clients, workers = broker.endpoints
     return ControllerStatus(
@@ -31,6 +37,28 @@ def snapshot(broker: Broker, now: float) -> ControllerStatus:
         waiting=sum(len(pool.waiting) for pool in registry.pools.values()),
         outbox_bytes=broker.outbox_bytes(),
         counters=dict(sorted((flights.counters | Counter({"dropped: outbox full": broker.outbox_drops()})).items())),
+        key=account.name if account is not None else "",
+    )
+
+
+def _of_account(broker: Broker, now: float, account: Account) -> ControllerStatus:
+    pools = {pool.model: pool for pool in broker.intake.models(account)}
+    workers = [worker for worker in broker.registry if any(model in pools for model in worker.cards)]
+    shown = [msgspec.structs.replace(worker_status(each, now), models=sorted(pools.keys() & each.cards.keys())) for each in workers]
+    return ControllerStatus(
+        controller=broker.controller_id,
+        version=broker.version,
+        protocol=PROTOCOL,
+        dispatch=broker.config.dispatch,
+        up_s=round(now - broker.started_s, 3),
+        client_endpoints=broker.endpoints[0],
+        worker_endpoints=[],
+        workers=shown,
+        models=[model_status(pool) for pool in pools.values()],
+        clients=sum(client.account is account for client in broker.flights.clients.values()),
+        running=account.in_flight - account.waiting,
+        waiting=account.waiting,
+        key=account.name,
     )
 
 
@@ -53,6 +81,7 @@ def worker_status(worker: Worker, now: float) -> WorkerStatus:
         finished=worker.finished,
         version=worker.version,
         controllers=worker.controllers,
+        key=worker.key,
     )
 
 

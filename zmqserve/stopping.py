@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 
 
 class _Node:
@@ -28,8 +28,8 @@ class StopMatcher:
     result does not depend on how the text was cut into pieces. Where several end at one character, the longest counts.
     """
 
-    def __init__(self, stop: Iterable[str]) -> None:
-        self._root = _automaton(stop)
+    def __init__(self, stop: Collection[str]) -> None:
+        self._root = _automaton(stop) if stop else _NOTHING
         self._node = self._root
         self._held = ""
         self.stopped = False
@@ -72,7 +72,11 @@ class StopMatcher:
         return whole[:leaves]
 
 
-def _automaton(stop: Iterable[str]) -> _Node:
+_NOTHING = _Node(0)
+"""The automaton without stop strings."""
+
+
+def _automaton(stop: Collection[str]) -> _Node:
     root = _Node(0)
     for text in stop:
         node = root

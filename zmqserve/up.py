@@ -10,13 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 from types import FrameType
 
 from . import logs
+from .certificate import PUBLIC_SUFFIX
 from .config import load_config
 from .controller import Controller
 from .errors import InvalidParameter
+from .keyring import WORKERS_PORT
 from .liveness import Backoff
 from .logs import Logger
 
@@ -76,7 +79,11 @@ def run(args: argparse.Namespace) -> int:
     logs.configure(args.log_level, args.log_json)
     gpus = _gpus(args.gpus)
     count = args.replicas or max(1, len(gpus))
-    controller = Controller(load_config(None, clients=args.clients, workers=args.workers, dispatch=args.dispatch))
+    if (args.curve_dir is None) != (args.key is None):
+        text = "--curve-dir and --key go together: the workers need a key that the controller allows"
+        raise InvalidParameter(text, data={"parameter": "key"})
+    settings = {"dispatch": args.dispatch, "curve_dir": args.curve_dir, "insecure": args.insecure}
+    controller = Controller(load_config(None, clients=args.clients, workers=args.workers, **settings))
     stopping, hurry = threading.Event(), threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -88,16 +95,17 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stop)
     with controller:
         replicas = [Replica(n, _command(args, controller.worker_endpoints[0]), worker_environment(count, gpus, n)) for n in range(count)]
-        failed = _keep_running(replicas, stopping)
+        failed = _keep_running(controller, replicas, stopping)
         _stop_all(replicas, args.grace, hurry)
     return 1 if failed else 0
 
 
-def _keep_running(replicas: list[Replica], stopping: threading.Event) -> bool:
-    """Until it is told to stop, no replica is left, or one failed for good, which is returned. A drained one is done: the others go on."""
+def _keep_running(controller: Controller, replicas: list[Replica], stopping: threading.Event) -> bool:
+    """Until it is told to stop, no replica is left, the controller has ended, or a replica failed for good, which is returned. A drained
+    one is done: the others go on."""
     log = Logger("zmqserve.up")
     working = list(replicas)
-    while working and not stopping.is_set():
+    while working and controller.running and not stopping.is_set():
         now = time.monotonic()
         for replica in list(working):
             code = replica.keep_running(now)
@@ -127,17 +135,21 @@ def _stop_all(replicas: list[Replica], grace_s: float, hurry: threading.Event) -
 
 
 def _command(args: argparse.Namespace, endpoint: str) -> list[str]:
-    """The same arguments for `zmqserve worker`, less those that only `up` has."""
+    """The same arguments for `zmqserve worker`, less those that only `up` has, and with the key of its controller's port."""
     kept: list[str] = []
     skip = False
-    own = ("--replicas", "--gpus", "--clients", "--workers", "--dispatch")
+    own = ("--replicas", "--gpus", "--clients", "--workers", "--dispatch", "--curve-dir")
     for argument in args.arguments[1:]:
         if skip:
             skip = False
+        elif argument == "--insecure":
+            continue
         elif argument in own:
             skip = True
         elif not argument.startswith(tuple(f"{name}=" for name in own)):
             kept.append(argument)
+    if args.curve_dir is not None:
+        kept += ["--controller-key", str(Path(args.curve_dir, WORKERS_PORT + PUBLIC_SUFFIX))]
     return [sys.executable, "-m", "zmqserve", "worker", *kept, "--controller", endpoint, "--exit-with-parent", str(os.getpid())]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from .errors import Overloaded
@@ -24,7 +25,7 @@ LEAST_RETRY_MS, UNKNOWN_RETRY_MS, MOST_RETRY_MS = 50, 1000, 30_000
 
 
 class _Group:
-    """What waits of one connection. `turn`: the number of its last turn, or of when it came; 0 for one that goes first."""
+    """What waits of one connection or key. `turn`: the number of its last turn, or of when it came; 0 for one that goes first."""
 
     __slots__ = ("lines", "turn")
 
@@ -34,7 +35,8 @@ class _Group:
 
 
 class FairQueue:
-    """Lower priority numbers first; within one, connections take turns, and so do the clients behind one connection.
+    """Lower priority numbers first; within one, connections (or keys, where clients have them) take turns, and so do the
+    clients behind each.
 
     Ordered dicts all the way down: a request that is cancelled leaves at once, from anywhere, in O(1). `turns` numbers the turns,
     and is shared by all queues whose requests go to the same workers, so that their heads can be compared.
@@ -52,24 +54,24 @@ class FairQueue:
         return f"FairQueue({self._size} waiting)"
 
     @property
-    def connections(self) -> int:
+    def groups(self) -> int:
         """How many take turns."""
         return sum(map(len, self._levels.values()))
 
     def push(self, flight: Flight, *, front: bool = False) -> None:
         """Last in its client's line, or with `front` the next of all of its priority."""
         level = self._levels.setdefault(flight.priority, OrderedDict())
-        connection, client = flight.client.envelope[0], flight.client.number
-        group = level.get(connection)
+        who, client = flight.client.group, flight.client.number
+        group = level.get(who)
         if group is None:
-            group = level[connection] = _Group(next(self._turns))
+            group = level[who] = _Group(next(self._turns))
         line = group.lines.setdefault(client, OrderedDict())
         line[flight] = None
         self._size += 1
         if front:
             line.move_to_end(flight, last=False)
             group.lines.move_to_end(client, last=False)
-            level.move_to_end(connection, last=False)
+            level.move_to_end(who, last=False)
             group.turn = 0
 
     def head(self) -> Flight | None:
@@ -85,13 +87,13 @@ class FairQueue:
         return priority, next(iter(self._levels[priority].values())).turn
 
     def take(self, flight: Flight) -> None:
-        """Its turn has come: it leaves, and its client and connection go to the end of the round."""
+        """Its turn has come: it leaves, and its client and group go to the end of the round."""
         level, group = self._leave(flight)
-        connection, client = flight.client.envelope[0], flight.client.number
+        who, client = flight.client.group, flight.client.number
         if client in group.lines:
             group.lines.move_to_end(client)
-        if connection in level:
-            level.move_to_end(connection)
+        if who in level:
+            level.move_to_end(who)
             group.turn = next(self._turns)
 
     def remove(self, flight: Flight) -> None:
@@ -100,39 +102,44 @@ class FairQueue:
 
     def _leave(self, flight: Flight) -> tuple[_Level, _Group]:
         level = self._levels[flight.priority]
-        connection, client = flight.client.envelope[0], flight.client.number
-        group = level[connection]
+        who, client = flight.client.group, flight.client.number
+        group = level[who]
         line = group.lines[client]
         del line[flight]
         self._size -= 1
         if not line:
             del group.lines[client]
             if not group.lines:
-                del level[connection]
+                del level[who]
                 if not level:
                     del self._levels[flight.priority]
         return level, group
 
 
+@dataclass
+class Crowd:
+    """`size`: how many requests wait in all rooms that share it, so that who has room to give need not ask each."""
+
+    size: int = 0
+
+
 class WaitingRoom:
     """One model's waiting requests, a FairQueue per need, bounded together by number and bytes, and so is what one client has waiting.
 
-    `rate` is told how long requests of the model held a slot.
+    `rate` is told how long requests of the model held a slot. `queues`: none of them is empty.
     """
 
-    def __init__(self, config: ControllerConfig, turns: Iterator[int]) -> None:
+    def __init__(self, config: ControllerConfig, turns: Iterator[int], crowd: Crowd | None = None) -> None:
         self.config = config
+        self._crowd = crowd or Crowd()
         self.bytes = 0
         self.rate = ServiceRate()
         self._turns = turns
         self._size = 0
-        self._queues: dict[Need, FairQueue] = {}
+        self.queues: dict[Need, FairQueue] = {}
 
     def __len__(self) -> int:
         return self._size
-
-    def __iter__(self) -> Iterator[FairQueue]:
-        return iter(self._queues.values())
 
     def __repr__(self) -> str:
         return f"WaitingRoom({self._size} waiting, {self.bytes} bytes)"
@@ -140,17 +147,17 @@ class WaitingRoom:
     @property
     def suspects(self) -> int:
         """How many of them have lost a worker."""
-        return sum(len(queue) for need, queue in self._queues.items() if need.trial)
+        return sum(len(queue) for need, queue in self.queues.items() if need.trial)
 
     def check(self, client: Client, size: int, model: str, running: int) -> None:
         """Whether one more request of `size` bytes may wait: raises Overloaded, which names the bound that says no.
 
         `running`: requests of the model that hold a slot now.
         """
-        config = self.config
+        config, party = self.config, client.party
         bounds = (
-            ("client_requests", "this client's requests", client.waiting, 1, config.client_requests),
-            ("client_bytes", "bytes of this client's requests", client.waiting_bytes, size, config.client_bytes),
+            ("client_requests", "this client's requests", party.waiting, 1, config.client_requests),
+            ("client_bytes", "bytes of this client's requests", party.waiting_bytes, size, config.client_bytes),
             ("queue_requests", f"requests for {model}", self._size, 1, config.queue_requests),
             ("queue_bytes", f"bytes of requests for {model}", self.bytes, size, config.queue_bytes),
         )
@@ -164,42 +171,35 @@ class WaitingRoom:
 
     def push(self, flight: Flight, *, front: bool = False) -> None:
         """Let it wait. Requests that had a worker already (`front`) are let in beyond the bounds."""
-        queue = self._queues.get(flight.need)
+        queue = self.queues.get(flight.need)
         if queue is None:
-            queue = self._queues[flight.need] = FairQueue(self._turns)
+            queue = self.queues[flight.need] = FairQueue(self._turns)
         queue.push(flight, front=front)
         flight.waiting = True
         self._size += 1
+        self._crowd.size += 1
         self.bytes += len(flight.payload)
-        flight.client.waiting += 1
-        flight.client.waiting_bytes += len(flight.payload)
+        party = flight.client.party
+        party.waiting += 1
+        party.waiting_bytes += len(flight.payload)
 
-    def head(self, worker_can: frozenset[Need] | None = None) -> Flight | None:
-        """Who is next among those that a worker can serve; None for `worker_can`: among all."""
-        first = self.first(worker_can)
-        return first[1] if first is not None else None
-
-    def first(self, worker_can: frozenset[Need] | None = None) -> tuple[Rank, Flight] | None:
-        """The same, with its place among those who are next for other models."""
-        queues = [queue for need, queue in self._queues.items() if worker_can is None or need in worker_can]
-        if not queues:
-            return None
-        queue = min(queues, key=FairQueue.rank)
-        flight = queue.head()
-        return (queue.rank(), flight) if flight is not None else None
+    def head(self, needs: frozenset[Need] | None = None) -> Flight | None:
+        """Who is next among those that ask for one of these; None for `needs`: among all."""
+        queues = [queue for need, queue in self.queues.items() if needs is None or need in needs]
+        return min(queues, key=FairQueue.rank).head() if queues else None
 
     def needs(self) -> list[Need]:
         """What the waiting requests ask for."""
-        return list(self._queues)
+        return list(self.queues)
 
     def take(self, flight: Flight) -> None:
         """Its turn has come."""
-        self._queues[flight.need].take(flight)
+        self.queues[flight.need].take(flight)
         self._left(flight)
 
     def remove(self, flight: Flight) -> None:
         """It leaves without a turn."""
-        self._queues[flight.need].remove(flight)
+        self.queues[flight.need].remove(flight)
         self._left(flight)
 
     def retry_after_ms(self, running: int, client: Client | None = None) -> int:
@@ -212,14 +212,16 @@ class WaitingRoom:
             return UNKNOWN_RETRY_MS
         line = self._size
         if client is not None:
-            line = min(self._size, client.waiting * sum(queue.connections for queue in self._queues.values()))
+            line = min(self._size, client.party.waiting * sum(queue.groups for queue in self.queues.values()))
         return int(min(MOST_RETRY_MS, max(LEAST_RETRY_MS, 1000 * (line / 2) / per_second)))
 
     def _left(self, flight: Flight) -> None:
         flight.waiting = False
         self._size -= 1
+        self._crowd.size -= 1
         self.bytes -= len(flight.payload)
-        flight.client.waiting -= 1
-        flight.client.waiting_bytes -= len(flight.payload)
-        if not self._queues[flight.need]:
-            del self._queues[flight.need]
+        party = flight.client.party
+        party.waiting -= 1
+        party.waiting_bytes -= len(flight.payload)
+        if not self.queues[flight.need]:
+            del self.queues[flight.need]

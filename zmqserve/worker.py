@@ -28,6 +28,7 @@ import zmq
 from .admission import by_name
 from .answers import Job
 from .config import WORKER_ENDPOINT
+from .credentials import KeyFile, KeyFiles
 from .engine import Engine
 from .errors import InvalidParameter, Unsupported, ZmqserveError
 from .jobs import Delta, GenerateJob, Vectors
@@ -55,7 +56,10 @@ class WorkerConfig:
     speed: its weight in dispatch.
     ttl_s: controllers give it up after so much silence; it sends a heartbeat every third of it.
     grace_s: what running requests get to finish when it drains. outbox_bytes: what may wait for a controller that does not
-    read; beyond it generation pauses. context: a zmq.Context to use, needed for inproc endpoints; it is left open.
+    read; beyond it generation pauses.
+    key, controller_key: files of keys, for CURVE: the worker's pair, as `zmqserve keys new` makes it, and the public key of a controller's
+    port for workers, one for all controllers or one for each; None: what ``ZMQSERVE_KEY`` and ``ZMQSERVE_CONTROLLER_KEY`` name, if any.
+    context: a zmq.Context to use, needed for inproc endpoints; it is left open.
     """
 
     model: str = ""
@@ -68,6 +72,8 @@ class WorkerConfig:
     grace_s: float = 30.0
     outbox_bytes: int = 16 * 2**20
     limits: SocketLimits = field(default_factory=SocketLimits)
+    key: KeyFile | None = None
+    controller_key: KeyFiles | None = None
     context: zmq.Context[zmq.Socket[bytes]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -215,7 +221,7 @@ class BaseModelWorker(ABC):
             self.wait_ended()
 
     def start(self) -> None:
-        """Begin to serve, in threads of its own. A worker starts once. Raises InvalidEndpoint."""
+        """Begin to serve, in threads of its own. A worker starts once. Raises InvalidEndpoint, and InvalidParameter for keys."""
         if self._links is not None:
             raise RuntimeError(f"worker {self.name} was started before: make a new one")
         self._links = links = LinkThread(self)
@@ -254,14 +260,17 @@ class BaseModelWorker(ABC):
             raise RuntimeError(f"worker {self.name} was stopped before {self.model_name!r} was loaded")
         if not decided:
             raise TimeoutError(f"worker {self.name} has not loaded {self.model_name!r} within {timeout_s} s")
-        if not self._taken.wait(max(0.0, until_s - time.monotonic())):
+        taken = self._taken.wait(max(0.0, until_s - time.monotonic()))
+        if self.failure is not None:
+            raise self.failure
+        if not taken:
             where = ", ".join(self.config.controllers)
-            raise TimeoutError(
-                f"worker {self.name} has loaded {self.model_name!r}, but no controller at {where} took it within {timeout_s} s"
-            )
+            told = f"worker {self.name} has loaded {self.model_name!r}, but no controller at {where} took it within {timeout_s} s"
+            links = [] if self._links is None else list(self._links.workload.links)
+            raise TimeoutError("; ".join([told, *sorted({link.refusal.why for link in links if link.refusal is not None})]))
 
     def taken(self) -> None:
-        """A controller has it in its registry, with its model. Called from the socket thread."""
+        """A controller has it in its registry, with its model, or it has failed. Called from the socket thread."""
         self._taken.set()
 
     def wait_ended(self, timeout_s: float | None = None) -> None:

@@ -109,6 +109,8 @@ class Workload:
         """End now. What still runs is aborted; its controllers move it."""
         self.failure = self.failure or failure
         self.ending = True
+        if failure is not None:
+            self._worker.taken()
 
     def finished(self, now: float, waiting: int) -> bool:
         """Whether it may end. `waiting`: what the desk has posted and was not passed on yet."""
@@ -200,7 +202,8 @@ class Workload:
 
     def fresh_socket(self, link: ControllerLink) -> None:
         """As LinkHost says."""
-        log.info("reconnecting", worker=self._worker.name, controller=link.controller, endpoint=link.endpoint)
+        if link.refusal is None:  # what was refused is tried every few seconds
+            log.info("reconnecting", worker=self._worker.name, controller=link.controller, endpoint=link.endpoint)
         self._fresh_socket(link)
 
     def changed(self, link: ControllerLink) -> None:
@@ -225,6 +228,8 @@ class Workload:
                 self.end(Refused(text, data={"endpoint": link.endpoint, "code": refusal.code}))
 
     def _tell_others(self, link: ControllerLink) -> None:
+        if len(self.links) == 1:
+            return
         now = self._now()
         for other in self.links:
             if other is not link:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Frames: TypeAlias = tuple[bytes, ...]
 HEARTBEAT_S = (6.0, 8.0)
-"""After so much silence libzmq's own heartbeats (HEARTBEAT_IVL, HEARTBEAT_TIMEOUT) break a connection."""
+"""After so long a connection breaks whose other end is stopped or gone: the kernel does it (see sockets.py), where something was sent."""
 
 
 class Pipe:

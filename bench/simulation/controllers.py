@@ -9,7 +9,8 @@ from typing import Any, cast
 from zmqserve.broker import Broker
 from zmqserve.config import ControllerConfig
 from zmqserve.link import ControllerLink
-from zmqserve.relay import Port, Relay
+from zmqserve.port import Port
+from zmqserve.relay import Relay
 from zmqserve.uplink import Uplink
 
 from .network import Network
@@ -44,8 +45,9 @@ class ControllerNode(Node):
             config,
             controller_id=f"{self.name}.{self.life}",
             version="0",
-            send_client=lambda envelope, payload: clients.send(*envelope, payload),
+            send_client=lambda envelope, payload: clients.post(*envelope, payload),
             send_worker=workers.send,
+            post_worker=workers.post,
             report=self._report,
             random=random,
             new_epoch=lambda: random.getrandbits(63) | 1,
@@ -53,6 +55,7 @@ class ControllerNode(Node):
         )
         broker.outbox_bytes = lambda: clients.waiting_bytes + workers.waiting_bytes
         self.relay = Relay(broker, clients, workers)
+        self.relay.clock = lambda: 0.0  # a turn takes no time
         self.uplinks: dict[Uplink, DealerSocket] = {}
         for endpoint in self.parents:
             self._climb(endpoint)

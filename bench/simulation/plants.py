@@ -17,8 +17,8 @@ from zmqserve.flights import Flights
 from zmqserve.lane import Gather
 from zmqserve.link import ControllerLink
 from zmqserve.peer import Peer
+from zmqserve.port import Port
 from zmqserve.registry import Registry
-from zmqserve.relay import Port
 from zmqserve.workload import Workload
 
 EVERY = 400
@@ -36,15 +36,16 @@ def _dropped_chunk() -> list[Replacement]:
         if "total_bytes" in settings:
             return  # of clients
         recv = self.recv
-        frames: list[bytes] = []
+        frames: list[Any] = []
 
-        def forgetful(*flags: Any, **options: Any) -> Any:
+        def forgetful(flags: int = 0, copy: bool = True) -> Any:
             if not frames:
-                frames.extend(recv(*flags, **options) for _ in range(3))
-                if len(frames[1]) > 1 and frames[1][1] == m.MORE and next(reads) % EVERY == 0:
+                frames.extend(recv(flags, False) for _ in range(3))
+                if len(frames[1]) > 1 and frames[1].bytes[1] == m.MORE and next(reads) % EVERY == 0:
                     frames.clear()
-                    return forgetful(*flags, **options)
-            return frames.pop(0)
+                    return forgetful(flags, copy)
+            frame = frames.pop(0)
+            return frame.bytes if copy else frame
 
         self.recv = forgetful
 
@@ -90,12 +91,14 @@ def _no_epochs() -> list[Replacement]:
     heads = msgspec.msgpack.Decoder(m.WorkerHead)
     from_worker, post = Broker.from_worker, ControllerLink.post
 
-    def blind_from_worker(self: Broker, now: float, identity: bytes, head: bytes, payload: bytes, certain: bool = True) -> None:
+    def blind_from_worker(
+        self: Broker, now: float, identity: bytes, head: bytes, payload: bytes, certain: bool = True, **more: Any
+    ) -> None:
         worker = self.registry.workers.get(identity)
         known = heads.decode(head)
         if worker is not None and known.kind != m.READY:
             head = m.encode(msgspec.structs.replace(known, epoch=worker.epoch))
-        from_worker(self, now, identity, head, payload, certain)
+        from_worker(self, now, identity, head, payload, certain, **more)
 
     def blind_post(self: ControllerLink, _epoch: int, head: bytes, payload: bytes) -> None:
         post(self, self.epoch, head, payload)

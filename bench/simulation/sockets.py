@@ -47,7 +47,7 @@ class Frame:
 
 
 class RouterSocket:
-    """What relay.Port needs of a ROUTER with ROUTER_MANDATORY: frames one by one, EHOSTUNREACH, EAGAIN, RCVMORE.
+    """What port.Port needs of a ROUTER with ROUTER_MANDATORY: frames one by one, EHOSTUNREACH, EAGAIN, RCVMORE, EVENTS.
 
     `broke` counts connections whose end was noticed, as a monitor does.
     """
@@ -95,8 +95,12 @@ class RouterSocket:
             if not peer.broken:
                 peer.down.send(frames)
 
-    def getsockopt(self, option: int) -> int:  # noqa: ARG002 - RCVMORE is all that is asked
-        return int(self._place < len(self._reading))
+    def getsockopt(self, option: int) -> int:
+        """RCVMORE, or EVENTS as far as something is to be read."""
+        more = self._place < len(self._reading)
+        if option == zmq.EVENTS:
+            return int(zmq.POLLIN) if more or self._inbox else 0
+        return int(more)
 
     # --- the network's side
 

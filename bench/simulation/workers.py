@@ -17,6 +17,7 @@ from zmqserve.desk import Desk
 from zmqserve.jobs import Delta, Vectors
 from zmqserve.lane import Lane
 from zmqserve.link import ControllerLink
+from zmqserve.linkthread import FRAMES, PASSED
 from zmqserve.messages import CountTokens, Embed, ModelCard
 from zmqserve.worker import WorkerConfig
 from zmqserve.workload import Workload
@@ -29,8 +30,6 @@ from .sockets import DealerSocket, serve_link
 from .tasks import Task, Timer, sleep
 from .world import World
 
-FRAMES = 128
-"""As in linkthread.py: what the engine may have posted before it pauses."""
 THREADS_S = 0.001
 """Up to so long passes between the engine's thread and the sockets' one."""
 
@@ -170,7 +169,7 @@ class WorkerNode(Node):
     def turn(self, now: float) -> float:
         workload = self.workload
         self._rung = False
-        for _ in range(min(FRAMES, len(self._frames))):
+        for _ in range(min(PASSED, len(self._frames))):
             workload.pass_on(*self._frames.popleft())
         for link in list(self.dealers):
             serve_link(link, self.dealers, link, now)

@@ -24,11 +24,13 @@ static const struct {
     long code;
     const char *name;
 } NAMES[] = {
-    {40000, "RequestError"},     {40001, "MalformedMessage"}, {40003, "ProtocolMismatch"}, {40301, "UnknownModel"},
-    {40302, "InvalidParameter"}, {40303, "ContextOverflow"},  {40304, "Unsupported"},      {40801, "DeadlineExceeded"},
-    {40901, "DuplicateRequest"}, {42900, "RetryLater"},       {42903, "Overloaded"},       {42904, "SlowConsumer"},
-    {50000, "ZmqserveError"},    {50001, "BackendError"},     {50002, "OutOfMemory"},      {50005, "NoWorker"},
-    {50007, "WorkerLost"},       {50201, "UpstreamError"},    {50301, "ModelLoading"},     {50302, "GoingAway"},
+    {40000, "RequestError"},    {40001, "MalformedMessage"}, {40003, "ProtocolMismatch"}, {40102, "Unauthenticated"},
+    {40103, "Refused"},         {40104, "PermissionDenied"}, {40301, "UnknownModel"},     {40302, "InvalidParameter"},
+    {40303, "ContextOverflow"}, {40304, "Unsupported"},      {40801, "DeadlineExceeded"}, {40901, "DuplicateRequest"},
+    {42900, "RetryLater"},      {42901, "RateLimited"},      {42902, "QuotaExceeded"},    {42903, "Overloaded"},
+    {42904, "SlowConsumer"},    {50000, "ZmqserveError"},    {50001, "BackendError"},     {50002, "OutOfMemory"},
+    {50005, "NoWorker"},        {50007, "WorkerLost"},       {50201, "UpstreamError"},    {50301, "ModelLoading"},
+    {50302, "GoingAway"},
 };
 
 static void fail(int status, const char *format, ...) {

@@ -83,7 +83,7 @@ class Wire:
         self, prompt: Prompt, *, stream: bool = True, resume: m.Resume | None = None, fingerprint: str | None = None, **params: Any
     ) -> m.Generate:
         """A Generate with a rid of its own."""
-        made = generate(self._model, prompt, SamplingParams(**params), {}, Routing(None))
+        made = generate(self._model, prompt, SamplingParams(**params), Routing(None))
         return msgspec.structs.replace(made, rid=next(self._rids), stream=stream, resume=resume, fingerprint=fingerprint)
 
     def ask(self, *requests: m.Generate) -> list[Received | m.Error]:

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from zmqserve import messages as m
+from zmqserve.access import Access
 from zmqserve.broker import Broker
 from zmqserve.config import ControllerConfig
 from zmqserve.delivery import FULL, GONE, SENT
@@ -34,7 +35,7 @@ def card(name: str = "m", **fields: Any) -> m.ModelCard:
 class Network:
     """`gone` and `full` are routing ids whose sends fail in that way. What is sent to one that is FULL still arrives."""
 
-    def __init__(self, seed: int = 1, **settings: Any) -> None:
+    def __init__(self, seed: int = 1, *, access: Access | None = None, **settings: Any) -> None:
         self.now = 1000.0
         self.config = ControllerConfig(**settings)
         self.gone: set[bytes] = set()
@@ -54,6 +55,7 @@ class Network:
             random=Random(seed),
             new_epoch=self._new_epoch,
             now=self.now,
+            access=access,
         )
         self.tick()
 
@@ -105,18 +107,24 @@ class Network:
 
     # --- peers
 
-    def client(self, *envelope: bytes) -> ScriptedClient:
-        """A client; without an envelope, on a connection of its own."""
+    def client(self, *envelope: bytes, user: str | None = None) -> ScriptedClient:
+        """A client with this key; without an envelope, on a connection of its own."""
         frames = envelope or (b"\0cl%02d" % len(self.clients),)
-        client = self.clients[frames] = ScriptedClient(self, frames)
+        client = self.clients[frames] = ScriptedClient(self, frames, user)
         return client
 
     def worker(
-        self, name: str = "w", *cards: m.ModelCard, register: bool = True, identity: bytes | None = None, **offer: Any
+        self,
+        name: str = "w",
+        *cards: m.ModelCard,
+        register: bool = True,
+        identity: bytes | None = None,
+        user: str | None = None,
+        **offer: Any,
     ) -> ScriptedWorker:
         """A worker of model ``m`` (or the cards given), registered as ready unless told otherwise."""
         identity = identity or b"\0wk%02d" % len(self.workers)
-        worker = self.workers[identity] = ScriptedWorker(self, identity, name, list(cards) or [card()], offer)
+        worker = self.workers[identity] = ScriptedWorker(self, identity, name, list(cards) or [card()], offer, user)
         if register:
             worker.ready()
         return worker
@@ -135,6 +143,11 @@ class Network:
     def check(self) -> None:
         """The books agree with each other."""
         registry, flights = self.broker.registry, self.broker.flights
+        opened = [flight for client in flights.clients.values() for flight in client.flights.values()]
+        opened += [flight for worker in registry for flight in worker.flights.values() if flight.client.gone]
+        assert flights.open == len(opened)
+        assert flights.held_bytes == sum(len(flight.payload) for flight in opened)
+        self._check_accounts(opened)
         running: list[Flight] = [flight for worker in registry for flight in worker.flights.values()]
         assert flights.running == len(running)
         assert not flights._homeless
@@ -178,8 +191,19 @@ class Network:
         timers += self.broker.members._probe_timer is not None
         assert len(self.broker.agenda) == timers + len(flights.clients)
         for client in flights.clients.values():
-            mine = [flight for flight in client.flights.values() if flight.waiting]
+            mine = [flight for flight in client.flights.values() if flight.waiting] if client.account is None else []
             assert (client.waiting, client.waiting_bytes) == (len(mine), sum(len(flight.payload) for flight in mine))
+
+    def _check_accounts(self, opened: list[Flight]) -> None:
+        """A key's account counts what is open for it, on all its connections, and no more."""
+        access = self.broker.access
+        accounts = {flight.client.account for flight in opened} | (set(access._accounts.values()) if access is not None else set())
+        for account in accounts - {None}:
+            assert account is not None
+            mine = [flight for flight in opened if flight.client.account is account]
+            waiting = [len(flight.payload) for flight in mine if flight.waiting]
+            assert account.in_flight == len(mine)
+            assert (account.waiting, account.waiting_bytes) == (len(waiting), sum(waiting))
 
     def _check_worker(self, worker: Worker) -> None:
         slotted = sum(flight.slotted for flight in worker.flights.values())

@@ -9,7 +9,8 @@ import zmq
 from zmqserve import messages as m
 from zmqserve.broker import Broker
 from zmqserve.config import ControllerConfig
-from zmqserve.relay import Port, Relay
+from zmqserve.port import Port
+from zmqserve.relay import Relay
 from zmqserve.sockets import SocketLimits, router
 
 from .network import card
@@ -38,8 +39,9 @@ class Rig:
             ControllerConfig(outbox_bytes=outbox_bytes, outbox_total_bytes=outbox_total_bytes),
             controller_id="here",
             version="0",
-            send_client=lambda envelope, payload: self.clients.send(*envelope, payload),
+            send_client=lambda envelope, payload: self.clients.post(*envelope, payload),
             send_worker=self.workers.send,
+            post_worker=self.workers.post,
             report=lambda event, **fields: None,
             random=Random(1),
             new_epoch=self._new_epoch,

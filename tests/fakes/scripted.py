@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class ScriptedClient:
     """Sends what it is told to, and keeps what comes."""
 
-    def __init__(self, network: Network, envelope: Envelope) -> None:
+    def __init__(self, network: Network, envelope: Envelope, user: str | None = None) -> None:
+        self.user = user
         self.network = network
         self.envelope = envelope
         self.got: list[Any] = []
@@ -28,7 +29,7 @@ class ScriptedClient:
     def send(self, message: Any) -> None:
         """Any message, or raw bytes."""
         payload = message if isinstance(message, bytes) else m.encode(message)
-        self.network.broker.from_client(self.network.now, self.envelope, payload)
+        self.network.broker.from_client(self.network.now, self.envelope, payload, self.user)
 
     def generate(self, rid: int, model: str = "m", **fields: Any) -> None:
         """Ask for an answer."""
@@ -107,7 +108,10 @@ class Task:
 class ScriptedWorker:
     """Registers, keeps the requests that it gets in `tasks`, and answers them as it is told to."""
 
-    def __init__(self, network: Network, identity: bytes, name: str, cards: list[m.ModelCard], offer: dict[str, Any]) -> None:
+    def __init__(
+        self, network: Network, identity: bytes, name: str, cards: list[m.ModelCard], offer: dict[str, Any], user: str | None = None
+    ) -> None:
+        self.user = user
         self.network, self.identity, self.name, self.cards = network, identity, name, cards
         self.offer = {"slots": 1, "speed": 1.0, "ttl_ms": 3000, "state": "ready", **offer}
         self.epoch = 0
@@ -133,7 +137,7 @@ class ScriptedWorker:
     def say(self, kind: int, payload: bytes = b"", *, epoch: int | None = None, certain: bool = True, **fields: Any) -> None:
         """Any message, with the present epoch."""
         head = m.WorkerHead(kind, self.epoch if epoch is None else epoch, **fields)
-        self.network.broker.from_worker(self.network.now, self.identity, m.encode(head), payload, certain)
+        self.network.broker.from_worker(self.network.now, self.identity, m.encode(head), payload, certain, self.user)
 
     def ready(
         self, epoch: int = 0, *, certain: bool = True, protocol: int = m.PROTOCOL, controllers: list[str] | None = None, **offer: Any

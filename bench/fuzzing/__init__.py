@@ -1,0 +1,1 @@
+"""What `python -m bench fuzz` is made of."""

@@ -1,0 +1,246 @@
+"""Whose keys a controller allows: a folder with one file for each, looked at again and again while the controller runs.
+
+::
+
+    DIR/clients-port.key_secret   the pair of the socket for clients, and beside it the public key, which clients are given
+    DIR/workers-port.key_secret   the pair of the socket for workers, likewise
+    DIR/clients/NAME.key          a client's public key, under the name by which logs and rules know it
+    DIR/admins/NAME.key           a client's that may drain workers and see all requests
+    DIR/workers/NAME.key          a worker's
+    DIR/access.toml               what each may do, optional
+
+The folder says the role, never the file. Names of keys appear in logs and in status, keys never do.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from .certificate import NAMED, PUBLIC_SUFFIX, SECRET_SUFFIX, Pair, Unreadable, check_unforgeable, public_key, read_pair, read_text
+from .errors import InvalidParameter
+
+CLIENT, ADMIN, WORKER = "client", "admin", "worker"
+FOLDERS: Mapping[str, str] = {CLIENT: "clients", ADMIN: "admins", WORKER: "workers"}
+"""Where the keys of each role lie."""
+CLIENTS_PORT, WORKERS_PORT = "clients-port", "workers-port"
+RULES = "access.toml"
+
+SETTLED_NS = 2 * 10**9
+"""A file that was changed so shortly before it was read is read once more: a second change may have left the same times behind."""
+ASKED_AT_ONCE, READ_AT_ONCE = 250, 32
+"""Files whose state is asked for, and that are opened, in one look of a running controller: it takes a few ms, and all streams wait."""
+MOST_FILES = 2**31
+MOST_TOLD = 3
+"""Problems that one error names."""
+
+
+_State: TypeAlias = tuple[int, int, int, int, int, int]
+
+
+class Peer(NamedTuple):
+    """Whose key it is. `key`: z85 text, for comparing only. `role`: ``client``, ``admin`` or ``worker``."""
+
+    key: str
+    name: str
+    role: str
+
+    def __repr__(self) -> str:
+        return f"Peer({self.name!r}, {self.role})"
+
+
+class Changes(NamedTuple):
+    """What `Keyring.look` has found. `revoked`: those that were clients or workers and are no more. `rules`: that text is another.
+    `problems`: what cannot be used, where that is news."""
+
+    revoked: frozenset[Peer]
+    rules: bool
+    problems: tuple[str, ...]
+
+
+class _File(NamedTuple):
+    """What one file holds, in the state that it was read in: a key or the text of the rules, or a `problem`."""
+
+    state: _State
+    settled: bool
+    raw: str
+    held: str
+    problem: str
+
+
+class Keyring:
+    """The keys allowed in a folder. `clients` (admins, too) and `workers` are by key and replaced at each change, `rules` is the text of
+    access.toml, None without one; `ports` are the pairs of the two sockets. `hurried`: `look` has left files for the next time.
+
+    Raises InvalidParameter for anything in the folder that cannot be used. What cannot be used later, when `look` finds it, is not
+    allowed (of two files with one key or one name, the one that came later); of rules that cannot, the old ones stay.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rules_path = folder / RULES
+        self.clients: Mapping[str, Peer] = {}
+        self.workers: Mapping[str, Peer] = {}
+        self.rules: str | None = None
+        self.hurried = False
+        self._asked = 0
+        self._states: dict[str, _State] = {}
+        self._files: dict[str, _File] = {}
+        self._places: dict[str, str] = {}
+        self._faults: list[str] = []
+        self._problems: list[str] = []
+        try:
+            self.ports: tuple[Pair, Pair] = (self._port(CLIENTS_PORT), self._port(WORKERS_PORT))
+            check_unforgeable(folder, os.stat(folder))
+        except Unreadable as error:
+            raise _wrong(str(error)) from None
+        changes = self.look(thorough=True)
+        if changes is not None and changes.problems:
+            left = len(changes.problems) - MOST_TOLD
+            raise _wrong("; ".join(changes.problems[:MOST_TOLD]) + (f"; and {left} more" if left > 0 else ""))
+
+    def __repr__(self) -> str:
+        return f"Keyring({str(self.folder)!r}, {len(self.clients)} clients, {len(self.workers)} workers)"
+
+    def __iter__(self) -> Iterator[tuple[Peer, Path]]:
+        """All that are allowed, by role and name, with their files."""
+        peers = sorted([*self.clients.values(), *self.workers.values()], key=lambda peer: (peer.role, peer.name))
+        return iter([(peer, Path(self._places[peer.key])) for peer in peers])
+
+    def look(self, *, thorough: bool = False) -> Changes | None:
+        """See what has changed in the folder, and take it over. None when nothing has. Files that come and go are seen at once; where
+        there are hundreds it takes some looks to notice that one has changed, unless this look is `thorough`."""
+        faults: list[str] = []
+        states = self._seen(faults, MOST_FILES if thorough else ASKED_AT_ONCE)
+        if states == self._states and faults == self._faults and not self.hurried and all(file.settled for file in self._files.values()):
+            return None
+        self._states, self._faults = states, faults
+        self._read(states, MOST_FILES if thorough else READ_AT_ONCE)
+        problems = [*faults, *(file.problem for file in self._files.values() if file.problem)]
+        sides, places = self._sorted(problems)
+        rules = self._rules(problems)
+        was_rules, was_problems = self.rules, self._problems
+        both = ((self.clients, sides[CLIENT]), (self.workers, sides[WORKER]))
+        same = all(before == after for before, after in both) and rules == was_rules and problems == was_problems
+        revoked = frozenset(peer for before, after in both for key, peer in before.items() if key not in after)
+        self.clients, self.workers, self.rules, self._places, self._problems = sides[CLIENT], sides[WORKER], rules, places, problems
+        return None if same else Changes(revoked, rules != was_rules, tuple(each for each in problems if each not in was_problems))
+
+    def _port(self, name: str) -> Pair:
+        path = self.folder / (name + SECRET_SUFFIX)
+        if not path.exists():
+            raise Unreadable(f"{path} does not exist: `zmqserve keys init {self.folder}` makes it")
+        return read_pair(path)
+
+    def _seen(self, faults: list[str], most: int) -> dict[str, _State]:
+        """The state of each file in the folders, and of the rules, with what is wrong with the folders. Nothing is opened, and of the
+        files that are known only so many are asked for their state: the next ones after those that were asked the last time."""
+        states: dict[str, _State] = {}
+        count, first = 0, self._asked
+        for place in FOLDERS.values():
+            folder = str(self.folder / place)
+            try:
+                seen = os.lstat(folder)
+                if not stat.S_ISDIR(seen.st_mode):
+                    raise Unreadable(f"{folder} is not a folder")
+                check_unforgeable(Path(folder), seen)
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            continue
+                        known = self._states.get(entry.path)
+                        if known is None or first <= count < first + most:
+                            with suppress(FileNotFoundError):  # since it was listed
+                                states[entry.path] = _state(entry.stat(follow_symlinks=False))
+                        else:
+                            states[entry.path] = known
+                        count += 1
+            except FileNotFoundError:
+                continue
+            except Unreadable as error:
+                faults.append(str(error))
+            except OSError as error:
+                faults.append(f"cannot list {folder}: {error.strerror or error}")
+                if not isinstance(error, PermissionError | NotADirectoryError):
+                    # It is this process that is in trouble (out of descriptors, say): no reason to turn everybody out.
+                    within = folder + os.sep
+                    states |= {path: state for path, state in self._states.items() if path.startswith(within)}
+        with suppress(OSError):
+            states[str(self.rules_path)] = _state(os.lstat(self.rules_path))
+        self._asked = first + most if first + most < count else 0
+        return states
+
+    def _read(self, states: Mapping[str, _State], most: int) -> None:
+        """Open what is new or may have changed."""
+        before, self._files, self.hurried = self._files, {}, False
+        for path, state in states.items():
+            known = before.get(path)
+            if known is None or known.state != state or not known.settled:
+                if most <= 0:
+                    self.hurried = True
+                    if known is None:
+                        continue
+                else:
+                    most -= 1
+                    known = self._file(path, state, known)
+            self._files[path] = known
+
+    def _file(self, path: str, state: _State, known: _File | None) -> _File:
+        settled = time.time_ns() - max(state[:2]) > SETTLED_NS
+        raw = ""
+        try:
+            if path != str(self.rules_path) and not NAMED.fullmatch(os.path.basename(path)):
+                raise Unreadable(f"{path} is not NAME{PUBLIC_SUFFIX}, with a name of up to 64 of A-Z a-z 0-9 . _ -")
+            raw, seen = read_text(Path(path))
+            if known is not None and known.raw == raw and known.state == state:
+                return known._replace(settled=settled)
+            if path != str(self.rules_path):
+                return _File(state, settled, raw, public_key(Path(path), raw, seen), "")
+            check_unforgeable(Path(path), seen)
+            return _File(state, settled, raw, raw, "")
+        except Unreadable as error:
+            if error.passes and known is not None:
+                return known._replace(settled=False)
+            return _File(state, settled and not error.passes, raw, "", str(error))
+
+    def _sorted(self, problems: list[str]) -> tuple[dict[str, dict[str, Peer]], dict[str, str]]:
+        """Clients and workers by key, and their files. Those in force come first: they keep their place against newcomers."""
+        sides: dict[str, dict[str, Peer]] = {CLIENT: {}, WORKER: {}}
+        places: dict[str, str] = {}
+        by_name: dict[str, str] = {}
+        roles = {place: role for role, place in FOLDERS.items()}
+        order = list(FOLDERS.values())
+        found = []
+        for path, file in self._files.items():
+            place, name = path.split(os.sep)[-2:]
+            if file.held and path != str(self.rules_path):
+                found.append((self._places.get(file.held) != path, order.index(place), name.removesuffix(PUBLIC_SUFFIX), path, file.held))
+        for _, place_number, name, path, key in sorted(found):
+            role = roles[order[place_number]]
+            other = places.get(key) or by_name.get(name)
+            if other is not None:
+                problems.append(f"{other} and {path} {'hold one key' if key in places else 'have one name'}: remove one of them")
+                continue
+            places[key] = by_name[name] = path
+            sides[WORKER if role == WORKER else CLIENT][key] = Peer(key, name, role)
+        return sides, places
+
+    def _rules(self, problems: list[str]) -> str | None:
+        """Once there were rules they are not dropped because they cannot be read: that would allow what they forbid."""
+        file = self._files.get(str(self.rules_path))
+        if file is None and self.rules is not None:
+            problems.append(f"{self.rules_path} is gone: its rules stay in force; an empty file lets go of them")
+        return self.rules if file is None or file.problem else file.held
+
+
+def _state(seen: os.stat_result) -> _State:
+    return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino, seen.st_mode, seen.st_uid
+
+
+def _wrong(what: str) -> InvalidParameter:
+    return InvalidParameter(f"curve_dir: {what}", data={"parameter": "curve_dir"})
