@@ -20,5 +20,6 @@ lock() {
     sed -i '1i # For CPython 3.11 on Linux, x86_64. Made by scripts/lock.sh, installed by scripts/setup.sh.' "$file"
 }
 
-lock requirements-ci.txt --extra dev --extra node pyproject.toml "$@"
+# Without Node: where the system has one, that is used, and takes signals itself; the one from the package index is behind a Python program.
+lock requirements-ci.txt --extra dev pyproject.toml "$@"
 lock requirements-vllm-ci.txt pyproject.toml requirements-vllm.txt "$@"
