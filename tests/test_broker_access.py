@@ -4,38 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from zmqserve import messages as m
 from zmqserve.rules import parse_rules
 
-from .fakes.keys import ALICE, BOB, GPU, GPU2, ROOT, Ring, access
+from .fakes.keyed import asked, models_of, network_of, refusal
+from .fakes.keys import ALICE, BOB, GPU, GPU2, ROOT, Ring
 from .fakes.network import Network, card
-from .fakes.scripted import ScriptedClient, ScriptedWorker
-
-
-def network_of(rules: str = "", **settings: Any) -> Network:
-    return Network(access=access(rules), **settings)
-
-
-def asked(client: ScriptedClient, request: Any) -> Any:
-    """What ended it at once."""
-    client.request(request)
-    return client.end(request.rid)
-
-
-def refusal(worker: ScriptedWorker) -> m.Refused:
-    head, payload = worker.got[-1]
-    assert head.kind == m.REFUSED
-    return msgspec.msgpack.decode(payload, type=m.Refused)
-
-
-def models_of(client: ScriptedClient, rid: int = 900) -> list[str]:
-    reply = asked(client, m.ListModels(rid))
-    assert isinstance(reply, m.Models), reply
-    return [model.card.name for model in reply.models]
-
 
 # --- who
 
