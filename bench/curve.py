@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from . import lean
-from .lean_network import Arm, relay, round_trips
-from .result import Spread, add_out, print_last_line, rounded, table
-
-NAMES = ("plain", "curve")
+from .lean_network import Arm, Comparison
+from .result import add_out, print_last_line, rounded, table
 
 
 def add_arguments(names: Any) -> None:
@@ -34,31 +32,13 @@ def add_arguments(names: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The benchmark."""
-    blocks, repeats = (5, 3) if args.quick else (25, 7)
-    settings = {"trips_per_arm": blocks * 200, "repeats": repeats, "streams": 256, "tokens": 512, "token_bytes": 20}
-    ratios: dict[str, float] = {}
-    cpu_s: dict[str, dict[str, float]] = {}
-    rows: list[tuple[str, str, str, str, str]] = []
     with tempfile.TemporaryDirectory(prefix="zmqserve-bench-") as folder:
         keys = str(Path(folder, "keys"))
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             lean.make_keys(keys)
         arms = {"plain": Arm(lean.controller, registers=True), "curve": Arm(lean.controller, registers=True, keys=keys)}
-        for transport in ("tcp", "ipc"):
-            trips = round_trips(arms, transport, blocks)
-            ratios[f"rtt_{transport}_vs_plain"] = _compare(rows, f"round trip {transport}, us", trips, 1e6)
-        for name, step in (("token", False), ("step", True)):
-            rates, cpu = relay(arms, step, repeats, settings["streams"], settings["tokens"])
-            ratios[f"relay_{name}_vs_plain"] = _compare(rows, f"relay, one {name} a message, tokens/s", rates, 1)
-            rows.append((f"  CPU s per 1M tokens, broker, {name}", f"{cpu['plain']:.2f}", "", f"{cpu['curve']:.2f}", ""))
-            cpu_s[name] = rounded(cpu)
-    print(table(("", "plain", "min..max", "curve", "min..max"), rows))
-    print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-    print_last_line("curve", settings, args.out, ratios=rounded(ratios), broker_cpu_s_per_1m_tokens=cpu_s)
+        compared = Comparison(arms, quick=args.quick)
+    print(table(("", "plain", "min..max", "curve", "min..max"), compared.rows))
+    print(compared.summary)
+    print_last_line("curve", compared.settings, args.out, ratios=rounded(compared.ratios), broker_cpu_s_per_1m_tokens=compared.cpu_s)
     return 0
-
-
-def _compare(rows: list[tuple[str, str, str, str, str]], title: str, figures: dict[str, list[float]], scale: float) -> float:
-    plain, curve = (Spread.of([value * scale for value in figures[name]]) for name in NAMES)
-    rows.append((title, *plain.cells(), *curve.cells()))
-    return curve.median / plain.median

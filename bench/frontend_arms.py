@@ -1,7 +1,8 @@
 """One arm of `bench frontends`: python -m bench.frontend_arms ARM MODEL CLIENTS [NAME=VALUE ...]
 
 Says ``{"ready": true}`` in a line, then answers each line ``{"streams": .., "seed": .., "input_len": .., "output_len": ..}`` with
-``{"wall_s": .., "tokens": .., "ttfts_ms": [..]}``, until its input ends.
+``{"wall_s": .., "tokens": .., "ttfts_ms": [..], "firsts_ms": [..]}``, until its input ends. `ttfts_ms`: from each stream's own begin to
+its first token; `firsts_ms`: from the begin of the run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -53,6 +54,21 @@ def main() -> None:
             serve(asking.run)
 
 
+async def read(streams: Sequence[AsyncIterator[int]]) -> dict[str, Any]:
+    """Read all of `streams`, which yield how many tokens have come, at once."""
+    began_s = time.monotonic()
+
+    async def one(stream: AsyncIterator[int]) -> tuple[float, float, int]:
+        own_s, first_s, made = time.monotonic(), 0.0, 0
+        async for count in stream:
+            first_s = first_s or time.monotonic()
+            made += count
+        return 1000 * (first_s - own_s), 1000 * (first_s - began_s), made
+
+    ttfts_ms, firsts_ms, tokens = zip(*await asyncio.gather(*map(one, streams)), strict=True)
+    return {"began_s": began_s, "ended_s": time.monotonic(), "tokens": sum(tokens), "ttfts_ms": ttfts_ms, "firsts_ms": firsts_ms}
+
+
 def serve(run: Run) -> None:
     """Answer the benchmark."""
     print(json.dumps({"ready": True}), file=SAY)
@@ -82,7 +98,7 @@ def _offline(model: str, arguments: dict[str, str]) -> Run:
         began_s = time.perf_counter()
         outputs = llm.generate(inputs, params, use_tqdm=False)
         wall_s = time.perf_counter() - began_s
-        return {"wall_s": wall_s, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs), "ttfts_ms": []}
+        return {"wall_s": wall_s, "tokens": sum(len(output.outputs[0].token_ids) for output in outputs), "ttfts_ms": [], "firsts_ms": []}
 
     return run
 
@@ -97,25 +113,17 @@ async def _async_llm(model: str, arguments: dict[str, str]) -> None:
     # With the defaults of a server, as the other arms have them.
     engine = AsyncLLM.from_engine_args(_arguments(model, arguments, AsyncEngineArgs), usage_context=UsageContext.OPENAI_API_SERVER)
 
-    async def one(name: str, ids: list[int], tokens: int) -> tuple[float, int]:
+    async def one(name: str, ids: list[int], tokens: int) -> AsyncIterator[int]:
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
-        began_s, first_s, made = time.perf_counter(), 0.0, 0
         async for output in engine.generate({"prompt_token_ids": ids}, params, name):
-            first_s = first_s or time.perf_counter() - began_s
-            made += len(output.outputs[0].token_ids)
-        return first_s * 1000, made
+            yield len(output.outputs[0].token_ids)
 
     print(json.dumps({"ready": True}), file=SAY)
     while line := await asyncio.to_thread(sys.stdin.readline):
         asked = json.loads(line)
-        began_s = time.perf_counter()
-        made = await asyncio.gather(
-            *[one(f"{asked['seed']}-{number}", ids, asked["output_len"]) for number, ids in enumerate(prompts(asked))]
-        )
-        wall_s = time.perf_counter() - began_s
-        print(
-            json.dumps({"wall_s": wall_s, "tokens": sum(tokens for _, tokens in made), "ttfts_ms": [first for first, _ in made]}), file=SAY
-        )
+        streams = [one(f"{asked['seed']}-{number}", ids, asked["output_len"]) for number, ids in enumerate(prompts(asked))]
+        made = await read(streams)
+        print(json.dumps({"wall_s": made["ended_s"] - made["began_s"], **made}), file=SAY)
     engine.shutdown()
 
 
@@ -155,7 +163,7 @@ class _Clients:
             # One clock for all processes of a machine.
             "wall_s": max(each["ended_s"] for each in made) - min(each["began_s"] for each in made),
             "tokens": sum(each["tokens"] for each in made),
-            "ttfts_ms": [first for each in made for first in each["ttfts_ms"]],
+            **{name: [first for each in made for first in each[name]] for name in ("ttfts_ms", "firsts_ms")},
         }
 
     @staticmethod

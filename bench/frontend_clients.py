@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from .frontend_arms import prompts
+from .frontend_arms import prompts, read
 
 Stream = Callable[[list[int], int], AsyncIterator[int]]
 """From a prompt's ids and a number of tokens to how many came each time."""
@@ -22,22 +21,10 @@ async def main() -> None:
         print(json.dumps({"ready": True}), flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             asked = json.loads(line)
-            inputs = prompts(asked)
-            began_s = time.monotonic()
-            made = await asyncio.gather(*[_read(stream(ids, asked["output_len"])) for ids in inputs])
-            ended_s = time.monotonic()
-            ttfts_ms, tokens = [first for first, _ in made], sum(count for _, count in made)
-            if tokens != asked["streams"] * asked["output_len"]:
-                raise SystemExit(f"{tokens} tokens came of {asked['streams']} answers of {asked['output_len']}")
-            print(json.dumps({"began_s": began_s, "ended_s": ended_s, "tokens": tokens, "ttfts_ms": ttfts_ms}), flush=True)
-
-
-async def _read(stream: AsyncIterator[int]) -> tuple[float, int]:
-    began_s, first_s, made = time.monotonic(), 0.0, 0
-    async for count in stream:
-        first_s = first_s or time.monotonic() - began_s
-        made += count
-    return first_s * 1000, made
+            made = await read([stream(ids, asked["output_len"]) for ids in prompts(asked)])
+            if made["tokens"] != asked["streams"] * asked["output_len"]:
+                raise SystemExit(f"{made['tokens']} tokens came of {asked['streams']} answers of {asked['output_len']}")
+            print(json.dumps(made), flush=True)
 
 
 @asynccontextmanager

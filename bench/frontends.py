@@ -5,7 +5,8 @@
 Every arm has an engine of its own, with the same arguments, and all are up at once (give each its share of the GPU:
 `--engine-arg gpu_memory_utilization=0.2`); they are measured in turn, run by run, so only one works at a time. A run begins so many
 streams at once, each with a prompt of random ids (new ones in every run: nothing comes out of a prefix cache), and ends with the last.
-tokens/s are all tokens over that time; TTFT is from a stream's begin to its first token, as its client sees it. `server_N` is vLLM's
+tokens/s are all tokens over that time; TTFT is from a stream's begin to its first token, as its client sees it, and `first_*` from the
+run's begin: one process that begins 256 streams may take a while until it comes to the last, and only these show it. `server_N` is vLLM's
 OpenAI server with N API processes. Clients are processes of their own: `--clients` of them share the streams (each HTTP client parses
 every event). `offline` streams nothing: its tokens/s at the most streams are the engine's own limit. In the last line: medians, their
 spread, and `ratios`.
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                         figures[name][number].append(made)
                         print(f"run {turn + 1}, {number} streams, {name}: {_line(made)}", flush=True)
     summary = {name: {str(number): _summary(runs) for number, runs in each.items() if runs} for name, each in figures.items()}
-    print(f"{'':12}" + "".join(f"{f'{number} streams: tokens/s':>26}{'ttft p50, p99 ms':>22}" for number in streams))
+    print(f"{'':12}" + "".join(f"{f'{number} streams: tokens/s':>26}{'ttft p50, p99 ms':>22}{'first p50 ms':>14}" for number in streams))
     for name, each in summary.items():
         cells = [each.get(str(number)) for number in streams]
         print(f"{name:12}" + "".join(_cells(cell) for cell in cells))
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         "machine": _machine(),
         "skipped": skipped,
         "figures": summary,
+        "runs": {name: {str(number): [_kept(made) for made in runs] for number, runs in each.items()} for name, each in figures.items()},
         "ratios": _ratios(summary, max(streams)),
     }
     (folder / "frontends.json").write_text(json.dumps(result, indent=1))
@@ -145,18 +147,25 @@ def _line(made: dict[str, Any]) -> str:
 def _summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     rates = [made["tokens"] / made["wall_s"] for made in runs]
     summary = {"tokens_per_s": statistics.median(rates), "least": min(rates), "most": max(rates)}
-    ttfts = sorted(each for made in runs for each in made["ttfts_ms"])
-    if ttfts:
-        summary |= {"ttft_p50_ms": statistics.median(ttfts), "ttft_p99_ms": ttfts[min(len(ttfts) - 1, int(len(ttfts) * 0.99))]}
+    for name in ("ttft", "first"):
+        times = sorted(each for made in runs for each in made[f"{name}s_ms"])
+        if times:
+            summary |= {f"{name}_p50_ms": statistics.median(times), f"{name}_p99_ms": times[min(len(times) - 1, int(len(times) * 0.99))]}
     return {name: round(value, 2) for name, value in summary.items()}
+
+
+def _kept(made: dict[str, Any]) -> dict[str, Any]:
+    """A run as it is kept: its times, as short as they mean anything."""
+    times = {name: [round(each, 1) for each in made[name]] for name in ("ttfts_ms", "firsts_ms")}
+    return {"tokens": made["tokens"], "wall_s": round(made["wall_s"], 4), **times}
 
 
 def _cells(cell: dict[str, float] | None) -> str:
     if cell is None:
-        return f"{'-':>26}{'-':>22}"
+        return f"{'-':>26}{'-':>22}{'-':>14}"
     rate = f"{cell['tokens_per_s']:,.0f} ({cell['least']:,.0f}..{cell['most']:,.0f})"
     first = f"{cell['ttft_p50_ms']:.1f}, {cell['ttft_p99_ms']:.1f}" if "ttft_p50_ms" in cell else "-"
-    return f"{rate:>26}{first:>22}"
+    return f"{rate:>26}{first:>22}{cell.get('first_p50_ms', '-'):>14}"
 
 
 def _ratios(summary: dict[str, dict[str, dict[str, float]]], most: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import zmq
 
 from . import lean
-from .result import progress
+from .result import Spread, progress, rounded
 
 _spawn = multiprocessing.get_context("spawn")
 
@@ -112,3 +112,38 @@ def relay(arms: Mapping[str, Arm], step: bool, repeats: int, streams: int, token
                 rates[name].append(streams * tokens / lean.consume(made[name].client, streams))
                 cpu[name] += made[name].cpu_seconds() - before
     return rates, {name: used / (repeats * streams * tokens) * 1e6 for name, used in cpu.items()}
+
+
+class Comparison:
+    """All of `round_trips` and `relay` for two arms: `ratios` of the second over the first, by ``rtt_tcp``, ``rtt_ipc`` (lower is better),
+    ``relay_token`` and ``relay_step`` (higher is better), with ``_vs_`` and the first's name; `rows` for a table; `settings`; `cpu_s`: the
+    brokers' CPU seconds for a million tokens, by ``token`` and ``step``."""
+
+    def __init__(self, arms: Mapping[str, Arm], *, quick: bool) -> None:
+        self._arms = arms
+        blocks, repeats = (5, 3) if quick else (25, 7)
+        self.settings = {"trips_per_arm": blocks * 200, "repeats": repeats, "streams": 256, "tokens": 512, "token_bytes": 20}
+        self.ratios: dict[str, float] = {}
+        self.cpu_s: dict[str, dict[str, float]] = {}
+        self.rows: list[tuple[str, ...]] = []
+        for transport in ("tcp", "ipc"):
+            self._compare(f"rtt_{transport}", f"round trip {transport}, us", round_trips(arms, transport, blocks), 1e6)
+        for name, step in (("token", False), ("step", True)):
+            rates, cpu = relay(arms, step, repeats, self.settings["streams"], self.settings["tokens"])
+            self._compare(f"relay_{name}", f"relay, one {name} a message, tokens/s", rates, 1)
+            first, second = (f"{cpu[arm]:.2f}" for arm in arms)
+            self.rows.append((f"  CPU s per 1M tokens, broker, {name}", first, "", second, ""))
+            self.cpu_s[name] = rounded(cpu)
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """The ratios in a line."""
+        return ", ".join(f"{name} {ratio:.2f}" for name, ratio in self.ratios.items())
+
+    def _compare(self, name: str, title: str, figures: dict[str, list[float]], scale: float) -> None:
+        first, second = (Spread.of([value * scale for value in figures[arm]]) for arm in self._arms)
+        self.rows.append((title, *first.cells(), *second.cells()))
+        self.ratios[f"{name}_vs_{next(iter(self._arms))}"] = second.median / first.median

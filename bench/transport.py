@@ -13,8 +13,8 @@ import argparse
 from typing import Any
 
 from . import baseline, lean
-from .lean_network import Arm, relay, round_trips
-from .result import Spread, add_out, print_last_line, rounded, table
+from .lean_network import Arm, Comparison
+from .result import add_out, print_last_line, rounded, table
 
 ARMS = {"proxy": Arm(lean.proxy, registers=False), "controller": Arm(lean.controller, registers=True)}
 
@@ -30,25 +30,9 @@ def add_arguments(names: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The benchmark."""
-    blocks, repeats = (5, 3) if args.quick else (25, 7)
-    settings = {"trips_per_arm": blocks * 200, "repeats": repeats, "streams": 256, "tokens": 512, "token_bytes": 20}
-    ratios: dict[str, float] = {}
-    rows: list[tuple[str, str, str, str, str]] = []
-    for transport in ("tcp", "ipc"):
-        figures = round_trips(ARMS, transport, blocks)
-        ratios[f"rtt_{transport}_vs_proxy"] = _compare(rows, f"round trip {transport}, us", figures, 1e6)
-    for name, step in (("token", False), ("step", True)):
-        figures, cpu = relay(ARMS, step, repeats, settings["streams"], settings["tokens"])
-        ratios[f"relay_{name}_vs_proxy"] = _compare(rows, f"relay, one {name} a message, tokens/s", figures, 1)
-        rows.append((f"  CPU s per 1M tokens, broker, {name}", f"{cpu['proxy']:.2f}", "", f"{cpu['controller']:.2f}", ""))
-    print(table(("", "proxy", "min..max", "controller", "min..max"), rows))
-    print(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-    kept = not args.check or baseline.check("transport", ratios)
-    print_last_line("transport", settings, args.out, ratios=rounded(ratios))
+    compared = Comparison(ARMS, quick=args.quick)
+    print(table(("", "proxy", "min..max", "controller", "min..max"), compared.rows))
+    print(compared.summary)
+    kept = not args.check or baseline.check("transport", compared.ratios)
+    print_last_line("transport", compared.settings, args.out, ratios=rounded(compared.ratios), broker_cpu_s_per_1m_tokens=compared.cpu_s)
     return 0 if kept else 1
-
-
-def _compare(rows: list[tuple[str, str, str, str, str]], title: str, figures: dict[str, list[float]], scale: float) -> float:
-    proxy, controller = (Spread.of([value * scale for value in figures[arm]]) for arm in ARMS)
-    rows.append((title, *proxy.cells(), *controller.cells()))
-    return controller.median / proxy.median

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.broker import chunk
-from tests.fakes.rig import Rig
+from tests.fakes.rig import Rig, piece
 from tests.fakes.session import TWO, World, ended
 from tests.test_link import Host
 from zmqserve import messages as m
@@ -48,7 +48,7 @@ def test_a_message_cut_short_takes_no_part_of_the_next_one_along(cut: str) -> No
         number = rig.flight(client, good)
         bad = rig.worker("bad", slots=1)
         head = m.WorkerHead({"LOAD": m.LOAD, "FIRST": m.FIRST, "MORE": m.MORE}[cut], bad.epoch, number)
-        payloads = [b"%d" % count for count in range(40)]
+        payloads = [piece(b"%d" % count) for count in range(40)]
         for payload in payloads:  # they are read in turns: a cut one, a whole one
             bad.send(m.encode(head))
             good.more(number, payload)

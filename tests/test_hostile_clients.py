@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 
+from bench.zmtp import RawPeer, message
 from zmqserve import Client
 from zmqserve import messages as m
 
 from .fakes.raw import RawClient, RawWorker
-from .fakes.zmtp import greeted, message, read_message
 from .processes import PATIENCE_S, ServedController, eventually
 
 WORDS = " ".join(f"word{number}" for number in range(40))
@@ -79,14 +79,12 @@ def test_nor_by_its_routing_id_while_it_is_there(controller: ServedController) -
     with idle_again(controller), RawClient(controller.clients, identity=b"twin") as owner:
         owner.send(m.Generate(5, "m", prompt=WORDS))
         assert owner.answer().rid == 5
-        thief = greeted(controller.clients, identity=b"twin")
-        try:
-            thief.sendall(message(m.encode(m.Cancel(5))) + message(m.encode(m.Ping(1, [5]))))
-            thief.settimeout(0.5)
+        with RawPeer(controller.clients, identity=b"twin") as thief:
+            thief.send(m.encode(m.Cancel(5)))
+            thief.send(m.encode(m.Ping(1, [5])))
+            thief.socket.settimeout(0.5)
             with pytest.raises((TimeoutError, ConnectionError)):
-                read_message(thief)
-        finally:
-            thief.close()
+                thief.recv()
         assert owner.end(5).finish_reasons != ["cancelled"]
 
 
@@ -134,14 +132,14 @@ def test_nor_one_from_many_connections(controller: ServedController) -> None:
 
 def test_one_that_asks_and_never_reads_is_let_go(controller: ServedController) -> None:
     with idle_again(controller) as client:
-        sock = greeted(controller.clients)
+        peer = RawPeer(controller.clients)
         request = message(m.encode(m.Status(1)))
         stop = threading.Event()
 
         def ask() -> None:
             try:
                 while not stop.is_set():
-                    sock.sendall(request * 100)
+                    peer.write(request * 100)
             except OSError:
                 pass
 
@@ -153,7 +151,7 @@ def test_one_that_asks_and_never_reads_is_let_go(controller: ServedController) -
             assert client.generate("m", "still here", stream=False).text
         finally:
             stop.set()
-            sock.close()
+            peer.close()
             thread.join(PATIENCE_S)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from zmqserve import Client
 from zmqserve import messages as m
+from zmqserve.errors import BackendError, NoWorker, Unauthenticated
 
 from .fakes.raw import RawClient, RawWorker
 from .processes import PATIENCE_S, ServedController, eventually
@@ -116,6 +117,50 @@ def test_it_cannot_end_or_add_to_anothers_request(controller: ServedController) 
         done = m.encode(m.Done(1, 0, ["stop"], m.Usage(1, 1), m.Timings("")))
         victim.say(m.DONE, done, client=task.client, rid=1, outcome="stop")
         assert isinstance(client.end(1), m.Done)
+
+
+OF_THE_CONTROLLER = {
+    "GoAway": m.encode(m.GoAway("go")),
+    "GoAway as a long array": b"\xdc\x24\x10\x23\xa2go" + b"\xc0" * (0x2410 - 2),
+    "Welcome": m.encode(m.Welcome(m.PROTOCOL, "another", m.Limits(message_bytes=10))),
+    "Pong": m.encode(m.Pong("another")),
+    "not let in": m.encode(m.Error(0, Unauthenticated.code, "your key is not known")),
+    "nothing": b"",
+    "no message": b"\xc1",
+}
+
+
+@pytest.mark.parametrize("kind", [m.FIRST, m.MORE, m.DONE, m.FAILED])
+@pytest.mark.parametrize("payload", OF_THE_CONTROLLER.values(), ids=OF_THE_CONTROLLER)
+def test_it_cannot_speak_to_its_client_for_the_controller(controller: ServedController, payload: bytes, kind: int) -> None:
+    with (
+        hostile(controller, "other") as worker,
+        Client(controller.clients) as client,
+        client.generate("m", WORDS, max_tokens=40) as stream,
+        client.generate("other", "hi", resume=False) as lost,
+    ):
+        text = next(stream).text
+        task = worker.request()
+        worker.say(kind, payload, client=task.client, rid=task.rid)
+        eventually(lambda: "hostile" not in names(controller), PATIENCE_S, "it is given up")
+        text += "".join(chunk.text for chunk in stream)
+        with pytest.raises(NoWorker):
+            list(lost)
+        assert (text, stream.completion.resumed) == (client.generate("m", WORDS, max_tokens=40, stream=False).text, 0)
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_a_failure_is_of_the_request_in_its_head(controller: ServedController) -> None:
+    with hostile(controller, "other") as worker, RawClient(controller.clients) as client:
+        for rid in (1, 2):
+            client.send(m.Generate(rid, "other", prompt="hi"))
+        own, _ = worker.request(), worker.request()
+        failed = m.encode(m.Error(1, BackendError.code, "no"))
+        worker.say(m.FAILED, failed, client=own.client, rid=1)
+        assert client.end(1).code == BackendError.code
+        worker.say(m.FAILED, failed, client=own.client, rid=2)
+        eventually(lambda: "hostile" not in names(controller), PATIENCE_S, "it is given up")
+        assert client.end(2).code == NoWorker.code
 
 
 @pytest.mark.usefixtures("undisturbed")

@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.zmtp import MORE, RawPeer, frame
 from zmqserve import Client, Controller
 from zmqserve.errors import MemoryExceeded
 
-from .fakes.zmtp import frame, greeted
 from .processes import PATIENCE_S, ServedController, eventually
 
 MIB = 2**20
-PART = frame(b"x" * (512 * 1024), more=True)
+PART = frame(b"x" * (512 * 1024), MORE)
 """A frame well below the limit of a message, of one that is never finished."""
 
 
@@ -25,12 +25,12 @@ PART = frame(b"x" * (512 * 1024), more=True)
 def flood(endpoint: str) -> Iterator[None]:
     """Send parts of one message to an endpoint for as long as it takes them."""
     over = threading.Event()
-    sock = greeted(endpoint)
+    peer = RawPeer(endpoint)
 
     def send() -> None:
         try:
             while not over.is_set():
-                sock.sendall(PART)
+                peer.write(PART)
         except OSError:
             pass
 
@@ -40,7 +40,7 @@ def flood(endpoint: str) -> Iterator[None]:
         yield
     finally:
         over.set()
-        sock.close()
+        peer.close()
         thread.join(PATIENCE_S)
 
 

@@ -11,7 +11,7 @@ from zmqserve.delivery import FULL, GONE, SENT
 from zmqserve.errors import SlowConsumer
 from zmqserve.shedding import dropped_ends
 
-from .fakes.rig import PATIENCE_MS, Peer, Rig
+from .fakes.rig import PATIENCE_MS, Peer, Rig, piece
 
 
 def fill(rig: Rig, identity: bytes, size: int = 100) -> int:
@@ -110,7 +110,7 @@ def test_a_slow_reader_gets_everything_in_order_through_the_relay_or_is_told_tha
         number = rig.flight(client, worker)
         received: list[list[bytes]] = []
         for turn in range(300):
-            worker.more(number, b"%d" % turn)
+            worker.more(number, piece(b"%d" % turn))
             rig.pump()
             rig.now += 1.0
             if turn % 50 == 49:
@@ -120,7 +120,7 @@ def test_a_slow_reader_gets_everything_in_order_through_the_relay_or_is_told_tha
             received += client.got()
             rig.now += 1.0
             rig.relay.flush(rig.now)
-        assert received == [[b"%d" % turn] for turn in range(300)]
+        assert received == [[piece(b"%d" % turn)] for turn in range(300)]
     finally:
         rig.close()
 
@@ -133,22 +133,23 @@ def test_beyond_the_total_the_largest_is_let_go_of_and_its_ends_are_told() -> No
         numbers = [rig.flight(peer, worker, rid) for rid, peer in enumerate((big, small), 1)]
         done = rig.flight(big, worker, 3)
         for turn in range(40):
-            worker.more(numbers[1], b"%d" % turn)
+            worker.more(numbers[1], piece(b"%d" % turn))
         rig.pump()
         more = m.WorkerHead(m.DONE, worker.epoch, done, 3, "stop")
+        large = piece(b"x" * 1000)
         for turn in range(42):
-            worker.more(numbers[0], b"x" * 1000)
+            worker.more(numbers[0], large)
             if turn == 35:
                 worker.send(m.encode(more), m.encode(m.Done(3, 0, ["stop"], m.Usage(1, 1), m.Timings("w"))))
             rig.pump()
         assert rig.broker.counters["outboxes over their total"] == 1
         assert rig.clients.waiting_bytes < 20_000
         messages = drain(rig, big)
-        assert len([payload for payload in messages if payload == b"x" * 1000]) < 42
-        errors = [message for payload in messages if payload[:1] != b"x" and isinstance(message := to_client(payload), m.Error)]
+        assert len([payload for payload in messages if payload == large]) < 42
+        errors = [message for payload in messages if payload != large and isinstance(message := to_client(payload), m.Error)]
         assert {(error.rid, error.code) for error in errors} == {(1, SlowConsumer.code), (3, SlowConsumer.code)}
         assert len(errors) == 2
-        assert drain(rig, small) == [b"%d" % turn for turn in range(40)]
+        assert drain(rig, small) == [piece(b"%d" % turn) for turn in range(40)]
         assert rig.clients.waiting_bytes == 0
     finally:
         rig.close()
@@ -162,7 +163,7 @@ def test_what_waits_for_a_client_that_fell_silent_is_dropped() -> None:
         peer.send(m.encode(m.Ping(1000, [1])))
         rig.pump()
         for _ in range(50):
-            worker.more(number, b"x" * 100)
+            worker.more(number, piece(b"x" * 100))
         rig.pump()
         assert rig.clients.waiting_bytes > 1000
         rig.broker.tick(rig.now + 0.9)

@@ -13,7 +13,9 @@ from zmqserve import messages as m
 from zmqserve.delivery import GONE, SENT
 from zmqserve.relay import MAX_ENVELOPE
 
-from .fakes.rig import PATIENCE_MS, Rig
+from .fakes.rig import PATIENCE_MS, Rig, piece
+
+THIRD = m.Chunk(1, 0, 0, "third", b"")
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_more_passes_untouched_whatever_it_holds(compiled: bool) -> None:
     try:
         client, worker = rig.connect("clients"), rig.worker("w")
         number = rig.flight(client, worker)
-        payloads = [b"", b"not msgpack \xff", b"x" * 100_000, b"\0" * 5]
+        payloads = [piece(rest) for rest in (b"", b"not msgpack \xff", b"x" * 100_000, b"\0" * 5)]
         for payload in payloads:
             worker.more(number, payload)
         rig.pump()
@@ -62,17 +64,17 @@ def test_more_passes_untouched_whatever_it_holds(compiled: bool) -> None:
 def test_a_head_in_another_form_takes_the_slow_path_and_arrives_all_the_same(rig: Rig) -> None:
     client, worker = rig.connect("clients"), rig.worker("w")
     number = rig.flight(client, worker)
-    worker.send(m.encode(m.WorkerHead(m.MORE, worker.epoch, number)), b"long form")
-    worker.more(number, b"short form")
+    worker.send(m.encode(m.WorkerHead(m.MORE, worker.epoch, number)), piece(b"long form"))
+    worker.more(number, piece(b"short form"))
     rig.pump()
-    assert client.got() == [[b"long form"], [b"short form"]]
+    assert client.got() == [[piece(b"long form")], [piece(b"short form")]]
 
 
 def test_more_renews_the_workers_lease(rig: Rig) -> None:
     client, worker = rig.connect("clients"), rig.worker("w")
     number = rig.flight(client, worker)
     rig.now = 2.5
-    worker.more(number, b"x")
+    worker.more(number, piece(b"x"))
     rig.pump()
     (known,) = rig.broker.registry
     assert known.lease.heard_s == 2.5
@@ -85,7 +87,7 @@ def test_another_workers_route_cannot_be_used(rig: Rig) -> None:
     busy, idle = (one, two) if one.socket.poll(100) else (two, one)
     number = rig.head(busy).client
     idle.send(m.more_head(busy.epoch, number), b"forged")
-    idle.more(number, b"no flight here")
+    idle.more(number, piece(b"no flight here"))
     rig.pump()
     assert client.got() == []
 
@@ -95,12 +97,14 @@ BAD = {
     "an empty frame": lambda worker, number: worker.send(b""),
     "empty frames": lambda worker, number: worker.send(b"", b"", b"", b""),
     "a MORE without payload": lambda worker, number: worker.send(m.more_head(worker.epoch, number)),
-    "a MORE with an extra frame": lambda worker, number: worker.more(number, b"ok", b"extra"),
-    "a MORE with two extra frames": lambda worker, number: worker.more(number, b"ok", b"extra", b"more"),
-    "a MORE with three extra frames": lambda worker, number: worker.more(number, b"ok", b"a", b"b", b"c"),
-    "a MORE with an empty extra frame": lambda worker, number: worker.more(number, b"ok", b""),
-    "a MORE with a frame like a routing id": lambda worker, number: worker.more(number, b"ok", b"\0abcd"),
-    "a MORE with a MORE inside": lambda worker, number: worker.more(number, b"ok", b"\0abcd", m.more_head(worker.epoch, number), b"x"),
+    "a MORE with an extra frame": lambda worker, number: worker.more(number, piece(b"ok"), b"extra"),
+    "a MORE with two extra frames": lambda worker, number: worker.more(number, piece(b"ok"), b"extra", b"more"),
+    "a MORE with three extra frames": lambda worker, number: worker.more(number, piece(b"ok"), b"a", b"b", b"c"),
+    "a MORE with an empty extra frame": lambda worker, number: worker.more(number, piece(b"ok"), b""),
+    "a MORE with a frame like a routing id": lambda worker, number: worker.more(number, piece(b"ok"), b"\0abcd"),
+    "a MORE with a MORE inside": lambda worker, number: worker.more(
+        number, piece(b"ok"), b"\0abcd", m.more_head(worker.epoch, number), b"x"
+    ),
     "a hundred frames": lambda worker, number: worker.send(*[b"%d" % n for n in range(100)]),
     "another kind with an extra frame": lambda worker, number: worker.send(
         m.encode(m.WorkerHead(m.LOAD, worker.epoch)), m.encode(m.Load(0, 0, 0)), b"extra"
@@ -121,21 +125,22 @@ def test_frames_too_many_or_too_few_cost_nobody_else_anything(rig: Rig, bad: str
         good, bad_worker = bad_worker, good
     number = rig.head(good).client
     other = rig.flight(bad_client, bad_worker)
-    good.more(number, b"first")
+    good.more(number, piece(b"first"))
     BAD[bad](bad_worker, other)
     if not last:
-        good.more(number, b"second")
-        good.send(m.encode(m.WorkerHead(m.FIRST, good.epoch, number, 1)), b"third")
-    good.more(number, b"fourth")
+        good.more(number, piece(b"second"))
+        good.send(m.encode(m.WorkerHead(m.FIRST, good.epoch, number, 1)), m.encode(THIRD))
+    good.more(number, piece(b"fourth"))
     rig.pump()
-    good.more(number, b"fifth")
+    good.more(number, piece(b"fifth"))
     rig.pump()
-    expected = [b"first", b"fourth", b"fifth"] if last else [b"first", b"second", b"third", b"fourth", b"fifth"]
+    between = [] if last else [piece(b"second"), m.encode(THIRD)]
+    expected = [piece(b"first"), *between, piece(b"fourth"), piece(b"fifth")]
     assert good_client.got() == [[payload] for payload in expected]
     assert good.epoch in [known.epoch for known in rig.broker.registry]
-    good.more(number, b"sixth")
+    good.more(number, piece(b"sixth"))
     rig.pump()
-    assert good_client.got() == [[b"sixth"]]
+    assert good_client.got() == [[piece(b"sixth")]]
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -146,9 +151,9 @@ def test_who_sends_frames_too_many_or_too_few_is_fenced_where_that_is_certain(ri
     others = rig.flight(other, two)
     for _ in range(2):  # the first time it may be somebody else's doing; from then on it is looked at closely
         BAD[bad](one, number)
-        two.more(others, b"two goes on")
+        two.more(others, piece(b"two goes on"))
         rig.pump()
-        assert other.got() == [[b"two goes on"]]
+        assert other.got() == [[piece(b"two goes on")]]
     assert sorted(rig.broker.registry.by_name) == (["one", "two"] if bad in UNPROVEN else ["two"])
 
 
@@ -159,11 +164,11 @@ def test_what_a_stranger_sends_costs_no_worker_its_place(rig: Rig, frames: tuple
     number = rig.flight(client, good)
     stranger = rig.connect("workers", identity=b"evil")
     for _ in range(3):
-        good.more(number, b"one")
+        good.more(number, piece(b"one"))
         stranger.send(*frames)
-        good.more(number, b"two")
+        good.more(number, piece(b"two"))
         rig.pump()
-        assert client.got() == [[b"one"], [b"two"]]
+        assert client.got() == [[piece(b"one")], [piece(b"two")]]
     assert "good" in rig.broker.registry.by_name
 
 
@@ -177,20 +182,20 @@ def test_a_peer_with_a_routing_id_of_its_own_cannot_have_others_fenced(rig: Rig)
         (b"evil", m.encode(m.WorkerHead(m.BYE, evil.epoch)), b"", b""),
         (b"\0abcd", m.more_head(good.epoch + 5, number), b"forged"),
     ):
-        good.more(number, b"mine")
+        good.more(number, piece(b"mine"))
         evil.send(*frames)
-        good.more(number, b"mine too")
+        good.more(number, piece(b"mine too"))
         rig.pump()
-        assert client.got() == [[b"mine"], [b"mine too"]]
+        assert client.got() == [[piece(b"mine")], [piece(b"mine too")]]
     assert "good" in rig.broker.registry.by_name
 
 
 def test_a_newcomer_behind_an_unfinished_message_is_told_to_say_it_again(rig: Rig) -> None:
     client, good = rig.connect("clients"), rig.worker("good")
     number = rig.flight(client, good)
-    good.more(number, b"x")
+    good.more(number, piece(b"x"))
     assert rig.worker("new").epoch
-    assert client.got() == [[b"x"]]
+    assert client.got() == [[piece(b"x")]]
 
 
 def test_random_frames_never_stop_the_relay(rig: Rig) -> None:
@@ -202,13 +207,13 @@ def test_random_frames_never_stop_the_relay(rig: Rig) -> None:
     for turn in range(2000):
         random.choice(bad).send(*random.choices(pieces, k=random.randint(1, 6)))
         if turn % 3 == 0:
-            good.more(number, b"%d" % turn)
+            good.more(number, piece(b"%d" % turn))
         if turn % 5 == 0:
             rig.pump()
             for peer in bad:
                 peer.got()
     rig.pump()
-    assert client.got() == [[b"%d" % turn] for turn in range(0, 2000, 3)]
+    assert client.got() == [[piece(b"%d" % turn)] for turn in range(0, 2000, 3)]
     assert "good" in rig.broker.registry.by_name
 
 
@@ -245,6 +250,6 @@ def test_two_clients_behind_one_connection_have_flights_of_their_own(rig: Rig) -
     rig.pump()
     numbers: list[Any] = [rig.head(worker).client for _ in range(2)]
     for number in numbers:
-        worker.more(number, b"for %d" % number)
+        worker.more(number, piece(b"for %d" % number))
     rig.pump()
-    assert proxy.got() == [[b"a", b"for %d" % numbers[0]], [b"b", b"for %d" % numbers[1]]]
+    assert proxy.got() == [[b"a", piece(b"for %d" % numbers[0])], [b"b", piece(b"for %d" % numbers[1])]]

@@ -14,6 +14,7 @@ import msgspec
 
 from . import messages as m
 from .access import UNREAD, Access, Account, Keys, unauthenticated
+from .carried import is_pieces, is_word_of
 from .config import ControllerConfig
 from .controls import Controls
 from .dispatch import POLICIES, Policy
@@ -24,7 +25,7 @@ from .errors import (
     GoingAway,
     ZmqserveError,
 )
-from .flight import Client, Envelope, Flight
+from .flight import Client, Envelope, Flight, Route
 from .flights import Flights
 from .intake import Intake
 from .liveness import Agenda
@@ -224,7 +225,7 @@ class Broker:
             if route is None or route.told == route.flights:
                 self.counters["dropped: no open flight"] += 1
             else:
-                self.flights.delivery.chunks(route.client, payload, now)
+                self.pieces(now, route, payload)
         elif head.kind in OF_A_FLIGHT:
             flight = worker.flights.get((head.client, head.rid))
             if flight is None:
@@ -291,8 +292,19 @@ class Broker:
         else:
             self.counters["dropped: stale epoch"] += 1
 
+    def pieces(self, now: float, route: Route, payload: bytes) -> None:
+        """What came by MORE for the route's client."""
+        if is_pieces(payload):
+            self.flights.delivery.chunks(route.client, payload, now)
+        else:
+            self.members.violation(now, route.worker.identity, "its MORE carries what is no Chunk or Chunks")
+
     def _of_flight(self, now: float, worker: Worker, flight: Flight, head: m.WorkerHead, payload: bytes) -> None:
         flights = self.flights
+        if head.kind != m.BUSY and not is_word_of(head.kind, flight.rid, payload):
+            what = f"what it says of request {flight.rid} is not of it, or not a worker's to say (kind {head.kind})"
+            self.members.violation(now, worker.identity, what)
+            return
         if head.kind == m.FIRST:
             if not flight.started:
                 flights.started(flight, now)

@@ -49,9 +49,13 @@ class Delivery:
         if client.above is not None:
             client.above.more(payload, now)
             return
-        status = self._send_client(client.envelope, payload)
+        status = self.send(client, payload)
         if status != SENT:
             self.connection_failed(client.envelope[0], status, now)
+
+    def send(self, client: Client, payload: bytes) -> int:
+        """Send to a client of this controller's own, and no more: `connection_failed` is to get what this returns, unless it is SENT."""
+        return self._send_client(client.envelope, payload)
 
     def first(self, flight: Flight, payload: bytes, now: float) -> None:
         """Send its first chunk."""

@@ -1,7 +1,7 @@
 """The life of a flight: admit, dispatch, started, settle, cancel. Pure: `now` and the ways to send are given.
 
-A flight ends exactly once, in `settle`: its books are closed first and its last message sent then, because any send may
-find out that the peer is gone and come back here to end what that peer still has open. A flight whose client is gone is
+A flight ends exactly once, in `settle`: its books are closed before anything follows from its last message, because any send may
+find out that the peer is gone, and what follows is that what that peer still has open ends here, too. A flight whose client is gone is
 settled in silence when its worker has let go of it.
 """
 
@@ -97,6 +97,7 @@ class Flights:
             except ZmqserveError:
                 self._forget_idle(client)
                 raise
+        status = SENT if worker is None else self._send_request(flight, worker, now)
         client.flights[flight.rid] = flight
         self.open += 1
         self.held_bytes += size
@@ -113,7 +114,7 @@ class Flights:
                 for member in list(pool.workers.values()):
                     self.feed(member, now)
         else:
-            self._dispatch(flight, worker, now)
+            self._enter(flight, worker, status, now)
             if self._homeless:
                 self._place_homeless(now)
 
@@ -148,9 +149,24 @@ class Flights:
         return worker
 
     def _dispatch(self, flight: Flight, worker: Worker, now: float) -> None:
+        self._enter(flight, worker, self._send_request(flight, worker, now), now)
+
+    def _send_request(self, flight: Flight, worker: Worker, now: float) -> int:
+        """Send it to a worker. Before any books, so that the worker wakes up meanwhile; `_enter` gets what this returns."""
+        left_ms = min(2**53, max(1, int((flight.deadline_s - now) * 1000))) if flight.deadline_s is not None else None
+        queue_ms = flight.queued_ms + (now - flight.arrived_s) * 1000
+        head = m.ControllerHead(m.REQUEST, worker.epoch, flight.client.number, flight.rid, left_ms, flight.attempts, queue_ms)
+        return self._send_worker(worker.identity, m.encode(head), flight.payload)
+
+    def _enter(self, flight: Flight, worker: Worker, status: int, now: float) -> None:
+        """A worker has it, if it was SENT there."""
+        flight.dispatched_s = now
+        if status != SENT:
+            self._homeless.append(flight)
+            self._lose(worker, "does not read" if status == FULL else "connection lost", now)
+            return
         client = flight.client
         flight.worker = worker
-        flight.dispatched_s = now
         worker.flights[client.number, flight.rid] = flight
         flight.on_trial = flight.need.trial
         worker.trials += flight.on_trial
@@ -164,14 +180,6 @@ class Flights:
             route = self.routes[head] = Route(worker, client, head)
         route.flights += 1
         flight.route = route
-        left_ms = min(2**53, max(1, int((flight.deadline_s - now) * 1000))) if flight.deadline_s is not None else None
-        queue_ms = flight.queued_ms + (now - flight.arrived_s) * 1000
-        request = m.ControllerHead(m.REQUEST, worker.epoch, client.number, flight.rid, left_ms, flight.attempts, queue_ms)
-        status = self._send_worker(worker.identity, m.encode(request), flight.payload)
-        if status != SENT:
-            self._release(flight)
-            self._homeless.append(flight)
-            self._lose(worker, "does not read" if status == FULL else "connection lost", now)
 
     def _place_homeless(self, now: float) -> None:
         """Find another worker for flights whose worker was lost. A loop, so that many dead workers are no deep recursion."""
@@ -234,16 +242,25 @@ class Flights:
         self.feed(worker, now)
 
     def settle(self, flight: Flight, now: float, outcome: str, last: bytes, code: int = 0, tokens: tuple[int, int] = (0, 0)) -> None:
-        """It has ended: close its books, send its `last` message, and give its slot to who waits."""
+        """It has ended: send its `last` message, close its books, and give its slot to who waits.
+
+        Its client may read the message while the books are closed. What its send finds out waits for that, and a parent is told after it:
+        either may come back here to end what else there is.
+        """
+        client = flight.client
+        at_once = client.above is None and not (flight.told or client.gone)
+        status = self.delivery.send(client, last) if at_once else SENT
         worker = self._release(flight) if flight.worker is not None else None
         if worker is not None and flight.slotted:
             flight.pool.waiting.rate.served(now - flight.dispatched_s)
         self._close(flight)
-        if flight.client.account is not None:
-            flight.client.account.charge(now, sum(tokens))
-        if not flight.told:
+        if client.account is not None:
+            client.account.charge(now, sum(tokens))
+        if status != SENT:
+            self.delivery.connection_failed(client.envelope[0], status, now)
+        elif not (at_once or flight.told):
             self.delivery.last(flight, last, now, outcome, code, tokens)
-        self._forget_idle(flight.client)
+        self._forget_idle(client)
         self.counters[ENDED.get(outcome, "ended: other")] += 1
         if self.reports_requests():
             flight.log(self._report, worker, now, outcome, code, tokens)

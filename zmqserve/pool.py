@@ -42,7 +42,7 @@ class Pool:
         self.running = 0
         self.orphan_timer: Timer | None = None
         self._affinity: Affinity[Worker] | None = None
-        self._verbs: frozenset[str] = frozenset()
+        self._met: frozenset[Need] = frozenset()
 
     def __repr__(self) -> str:
         return f"Pool({self.model!r}, {len(self.workers)} workers, {len(self.waiting)} waiting)"
@@ -101,7 +101,7 @@ class Pool:
 
     def can(self, need: Need) -> bool:
         """Whether any worker that has loaded the model meets the need, free or not."""
-        if need.fingerprint is None and need.verb in self._verbs:
+        if need in self._met:
             return True
         return any(not self.loads(worker) and need.met_by(worker.cards[self.model]) for worker in self.workers.values())
 
@@ -123,12 +123,12 @@ class Pool:
         """A worker with a free slot that meets the need, rather not one named in `avoid`; None when there is none."""
         if len(self.workers) == 1:  # no choice, so no policy need know how loaded it is
             (only,) = self.workers.values()
-            able = self.serves(only, need) if self._to_be_checked(need) else self.free(only) > 0
+            able = self.free(only) > 0 if need in self._met else self.serves(only, need)
             return only if able else None
         if self.moved:
             self._look_again()
         allowed: Allowed[Worker] = None
-        if self._to_be_checked(need):
+        if need not in self._met:
             allowed = lambda worker: self.serves(worker, need)  # noqa: E731 - chosen at run time, read at once
         if avoid:
             worker = self.policy.pick(random, lambda w: w.name not in avoid and (allowed is None or allowed(w)))
@@ -143,10 +143,6 @@ class Pool:
                 self._affinity.add(member)
         return self._affinity.pick(affinity, worker, allowed)
 
-    def _to_be_checked(self, need: Need) -> bool:
-        """Whether not just any of its workers meets the need."""
-        return need.verb not in self._verbs or need.fingerprint is not None or need.trial
-
     def any_usable(self, need: Need, random: Random) -> Worker | None:
         """A worker that may get a request which takes no slot, whether its slots are full or not."""
         fitting = [worker for worker in self.workers.values() if worker.has_room(need) and self.serves(worker, need)]
@@ -160,7 +156,8 @@ class Pool:
 
     def _members_changed(self) -> None:
         offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not self.loads(worker)]
-        self._verbs = frozenset.intersection(*offers) if offers else frozenset()  # what any of them can do needs no check
+        verbs = frozenset.intersection(*offers) if offers else frozenset()
+        self._met = frozenset(map(Need, verbs))  # what any of them can do needs no check
         if self.workers:
             self.card = min(self.workers.values(), key=self.loads).cards[self.model]
             self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)

@@ -18,6 +18,7 @@ import zmq
 from . import messages as m
 from .access import UNREAD
 from .broker import Broker
+from .carried import BEGINNINGS
 from .delivery import FULL, GONE, SENT
 from .port import Port
 from .sockets import NOBLOCK, SNDMORE
@@ -99,7 +100,7 @@ class Relay:
         recv, send, noblock, sndmore = self.workers.recv, self.clients.send_frame, NOBLOCK, SNDMORE
         outboxes, post = self.clients.outboxes, self.clients.post
         delivery = self.broker.flights.delivery
-        route_of = self.broker.flights.routes.get
+        route_of, take = self.broker.flights.routes.get, self.broker.pieces
         unsure = self._unsure  # routing id and payload of the last message that was read without asking for its end
         for _ in range(most):
             try:
@@ -128,6 +129,9 @@ class Relay:
             route.worker.lease.heard_s = now
             client = route.client
             if client.gone:
+                continue
+            if payload[:2] not in BEGINNINGS:
+                take(now, route, payload)
                 continue
             envelope = client.envelope
             if len(envelope) > 1:

@@ -233,7 +233,9 @@ class BrokerTarget:
     def check(self) -> None:
         """An honest exchange goes as it should, and nothing that peers can name or make more of has grown."""
         self._rid += 1
-        rid, words = self._rid, [b"first %d" % self._rid, b"more \xff", b"done"]
+        rid = self._rid
+        chunks = [m.encode(m.Chunk(rid, seq, 0, f"word {seq}", b"")) for seq in range(2)]
+        words = [*chunks, m.encode(m.Done(rid, 2, ["stop"], m.Usage(1, 2), m.Timings("honest")))]
         self._broker.from_client(self._now, HONEST_CLIENT, m.encode(m.Generate(rid, HONEST_MODEL, prompt="hi")))
         task = self._honest_task
         assert task is not None, f"an honest request did not reach its worker; its client got {self._got!r:.300}"

@@ -18,6 +18,11 @@ from .network import card
 PATIENCE_MS = 5000
 
 
+def piece(rest: bytes) -> bytes:
+    """A payload of MORE, as far as a controller looks at it: an array that begins with the tag of a Chunk."""
+    return b"\x97\x24" + rest
+
+
 class Rig:
     """A relay with a broker, and peers on inproc, where what was sent can be received at once."""
 
