@@ -4,10 +4,12 @@
 
 A controller (with CURVE, unless told otherwise), an echo worker, streams of an AsyncClient that are measured chunk by chunk, and a new
 Client each second that asks for the models. First nobody else is there, then each flood in turn: silent connections, bad handshakes,
-registrations of one name. What single attempts come to is for the tests (`tests/security`).
+registrations of one name. The silent connections come in two ways: opened evenly, and all at once, so that they are also ended all at
+once. What single attempts come to is for the tests (`tests/security`).
 
-Prints a table and one line of JSON; exit code 1 if a requirement is not met: with silent connections the 99th percentile of the gaps is
-at most 5 ms above that of calm, a newcomer is served within 2 s of whatever, and nothing is lost.
+Prints a table and one line of JSON; exit code 1 if a requirement is not met: with silent connections, either way, the 99th percentile of
+the gaps is at most 5 ms above that of calm, a newcomer is served within 2 s of whatever, and nothing is lost. All processes share this
+machine, the flood's too: what the controller waited for a CPU is told beside what it used.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import asyncio
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +37,22 @@ TOKENS, TOKEN_S = 1_000_000, 0.02
 ADDED_MS, NEWCOMER_S = 5.0, 2.0
 NEWCOMER_GAP_S = 1.0
 START_S = 5.0
+PATIENCE_S = 30.0
+"""Of whoever connects: so that a late answer counts as late, not as none."""
 SETTLE_S = 2.0
 """After each flood and at the beginning of the next, before anything is measured."""
 
 
 class Phase:
-    """What was seen while it lasted: gaps between chunks of all streams, what newcomers waited, what went wrong, CPU of the controller."""
+    """What was seen while it lasted: gaps between chunks of all streams, what newcomers waited, what went wrong; of the controller the CPU
+    of its loop, that of its other threads, which are libzmq's, and how long these were ready to run and had none."""
 
     def __init__(self) -> None:
         self.gaps_s: list[float] = []
         self.waits_s: list[float] = []
         self.wrong: list[str] = []
         self.made: list[int] = []
-        self.cpu_s = 0.0
+        self.cpu_s = (0.0, 0.0, 0.0)
 
 
 def add_arguments(names: Any) -> None:
@@ -87,15 +92,18 @@ def run(args: argparse.Namespace) -> int:
             "longest gap, ms": round(gaps[2], 2),
             "newcomer at most, s": round(wait_s, 3),
             "attempts/s": round(sum(phase.made) / (args.seconds + SETTLE_S)),
-            "controller's CPU, %": round(100 * phase.cpu_s / args.seconds, 1),
+            "loop's CPU, %": round(100 * phase.cpu_s[0] / args.seconds, 1),
+            "libzmq's CPU, %": round(100 * phase.cpu_s[1] / args.seconds, 1),
+            "wait for a CPU, %": round(100 * phase.cpu_s[2] / args.seconds, 1),
             "wrong": phase.wrong[:3],
         }
         rows.append((name, *(str(figure) for figure in list(figures[name].values())[:-1])))
         unmet += [f"{name}: {what}" for what in phase.wrong[:3]]
         if wait_s > NEWCOMER_S or not phase.waits_s:
             unmet.append(f"{name}: a newcomer waited {wait_s:.2f} s")
-        if name.endswith("silent connections") and gaps[1] > calm + ADDED_MS:
-            unmet.append(f"{name}: the 99th percentile of the gaps is {gaps[1] - calm:.1f} ms above calm")
+        if "silent connections" in name and gaps[1] > calm + ADDED_MS:
+            why = f"the controller's threads waited {phase.cpu_s[2]:.1f} s of {args.seconds:g} for a CPU"
+            unmet.append(f"{name}: the 99th percentile of the gaps is {gaps[1] - calm:.1f} ms above calm; {why}")
     print(table(("", *list(figures[CALM])[:-1]), rows))
     for each in unmet:
         print(f"not met: {each}")
@@ -105,41 +113,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(network: Network, keys: Keys | None, args: argparse.Namespace, phases: dict[str, Phase]) -> None:
-    import psutil
-
     options: Any = {} if keys is None else keys.options(keys.client)
     known = {} if keys is None else keys.options(keys.worker, "workers")
     controller = network.controllers[0].process
-    cpu = psutil.Process(controller.pid).cpu_times if controller is not None else None
+    assert controller is not None
     present = [phases[CALM]]
     over = threading.Event()
     newcomers = threading.Thread(target=_newcomers, args=(network, options, present, over))
-    async with AsyncClient(network.client_endpoints, **options) as client:
+    async with AsyncClient(network.client_endpoints, connect_timeout_s=PATIENCE_S, **options) as client:
         streams = [await client.generate("echo", f"stream {number}", max_tokens=TOKENS) for number in range(args.streams)]
         readers = [asyncio.create_task(_read(stream, present)) for stream in streams]
         newcomers.start()
-        for name, phase in phases.items():
-            await asyncio.sleep(SETTLE_S)
-            with ExitStack() as stack:
-                if name != CALM:
-                    endpoint = (network.worker_endpoints if name.endswith("name") else network.client_endpoints)[0]
-                    # Not on the loop, which would read late meanwhile.
-                    await asyncio.to_thread(stack.enter_context, flood(name, endpoint, known, phase.made))
-                    await asyncio.sleep(SETTLE_S)
-                present[0] = phase
-                before = cpu() if cpu is not None else None
-                await asyncio.sleep(args.seconds)
-                if cpu is not None and before is not None:
-                    after = cpu()
-                    phase.cpu_s = after.user + after.system - before.user - before.system
-                present[0] = Phase()
-                await asyncio.to_thread(stack.close)
-        over.set()
+        try:
+            for name, phase in phases.items():
+                await asyncio.sleep(SETTLE_S)
+                with ExitStack() as stack:
+                    if name != CALM:
+                        endpoint = (network.worker_endpoints if name.endswith("name") else network.client_endpoints)[0]
+                        # Not on the loop, which would read late meanwhile.
+                        await asyncio.to_thread(stack.enter_context, flood(name, endpoint, known, phase.made))
+                        await asyncio.sleep(SETTLE_S)
+                    present[0] = phase
+                    before = _cpu_s(controller.pid)
+                    await asyncio.sleep(args.seconds)
+                    after = _cpu_s(controller.pid)
+                    phase.cpu_s = after[0] - before[0], after[1] - before[1], after[2] - before[2]
+                    present[0] = Phase()
+                    await asyncio.to_thread(stack.close)
+        finally:
+            over.set()
         for reader in readers:
             reader.cancel()
         for stream in streams:
             stream.close()
     newcomers.join()
+
+
+def _cpu_s(pid: int) -> tuple[float, float, float]:
+    """CPU that a process has used, its main thread and all others, and how long they waited for one (0 where the system does not tell)."""
+    import psutil
+
+    used = {thread.id: thread.user_time + thread.system_time for thread in psutil.Process(pid).threads()}
+    waited_ns = 0
+    with suppress(OSError):
+        waited_ns = sum(int(path.read_text().split()[1]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    return used.pop(pid), sum(used.values()), waited_ns / 1e9
 
 
 async def _read(stream: Any, present: list[Phase]) -> None:
@@ -162,7 +180,7 @@ def _newcomers(network: Network, options: dict[str, Any], present: list[Phase], 
     while not over.wait(NEWCOMER_GAP_S):
         phase, began_s = present[0], time.monotonic()
         try:
-            with Client(network.client_endpoints, connect_timeout_s=10.0, **options) as client:
+            with Client(network.client_endpoints, connect_timeout_s=PATIENCE_S, **options) as client:
                 client.models()
             phase.waits_s.append(time.monotonic() - began_s)
         except ZmqserveError as error:

@@ -21,29 +21,42 @@ from .chaos_child import end_with_parent
 from .zmtp import COMMAND, frame, greeting
 
 SILENT = 5000
-"""Connections open at a time."""
+"""Connections open at a time. A controller ends each of them after a second."""
+EVENLY_S, AT_ONCE_S = 0.005, 1.5
+"""From one time that connections are opened to the next: 25 each time, or all of them, when those of the last time have been ended."""
 OPENED_PER_S = 5000
-"""A controller ends each of them after a second."""
+"""At most, of those that are opened evenly."""
 HANDSHAKES_PER_S = 1000
 REGISTRATIONS_PER_S = 2000
 
 
 def silent(over: Callable[[], bool], endpoint: str, _keys: dict[str, str]) -> int:
-    """5,000 connections that never say a word; those that are ended are opened again."""
-    host, port = _address(endpoint)
+    """5,000 connections that never say a word; those that are ended are opened again, evenly."""
+    return _silent(over, endpoint, EVENLY_S, round(OPENED_PER_S * EVENLY_S))
+
+
+def silent_at_once(over: Callable[[], bool], endpoint: str, _keys: dict[str, str]) -> int:
+    """The same, all of them opened at once: so they are all ended at once, too."""
+    return _silent(over, endpoint, AT_ONCE_S, SILENT)
+
+
+def _silent(over: Callable[[], bool], endpoint: str, each_s: float, most: int) -> int:
+    """Each time at most so many are opened."""
+    address = _address(endpoint)
     there: dict[int, socket.socket] = {}
     poll = select.poll()
-    began_s, made = time.monotonic(), 0
+    next_s, made = time.monotonic(), 0
     while not over():
-        due = int((time.monotonic() - began_s) * OPENED_PER_S) - made  # evenly: those of one burst would all be ended at once, too
-        for _ in range(min(due, SILENT - len(there))):
-            one = socket.socket()
-            one.setblocking(False)
-            with suppress(BlockingIOError):
-                one.connect((host, port))
-            there[one.fileno()] = one
-            poll.register(one, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-            made += 1
+        if time.monotonic() >= next_s:
+            next_s += each_s
+            for _ in range(min(most, SILENT - len(there))):
+                one = socket.socket()
+                one.setblocking(False)
+                with suppress(BlockingIOError):
+                    one.connect(address)
+                there[one.fileno()] = one
+                poll.register(one, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+                made += 1
         for fd, _ in poll.poll(5):
             poll.unregister(fd)
             there.pop(fd).close()
@@ -86,6 +99,7 @@ def registrations(over: Callable[[], bool], endpoint: str, keys: dict[str, str])
 
 FLOODS: dict[str, Callable[[Callable[[], bool], str, dict[str, str]], int]] = {
     "5,000 silent connections": silent,
+    "5,000 silent connections at once": silent_at_once,
     "1,000 bad handshakes/s": bad_handshakes,
     "2,000 registrations/s of one name": registrations,
 }

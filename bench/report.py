@@ -3,8 +3,8 @@
     python -m bench report results/*.json --out report
     python -m bench report here=a.json vllm=b.json --out report
 
-Takes files of `bench serve` and `vllm bench serve`, and of any benchmark here that ends with `ratios`. Runs with the same label, model
-and load are one row: their medians, and from the least to the greatest where there are several.
+Takes files of `bench serve`, `vllm bench serve` and `bench frontends`, and of any benchmark here that ends with `ratios`. Runs with the
+same label, model and load are one row: their medians, and from the least to the greatest where there are several.
 """
 
 from __future__ import annotations

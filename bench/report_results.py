@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,31 @@ def _read(given: str) -> list[Result]:
     objects = [each for each in _objects(text) if "request_throughput" in each or "ratios" in each]
     if not objects:
         raise ValueError(f"{path} holds no result of a benchmark: no JSON object with request_throughput or ratios")
-    return [Result(label or str(data.get("label") or data.get("backend") or path.stem), data, path) for data in objects]
+    results = [Result(label or str(data.get("label") or data.get("backend") or path.stem), data, path) for data in objects]
+    return results + [arm for result in results if result.data.get("benchmark") == "frontends" for arm in _arms(result)]
+
+
+def _arms(result: Result) -> list[Result]:
+    """What `bench frontends` measured of each arm, run by run where it says so, by the names that `bench serve` has for it."""
+    settings, medians = result.data["settings"], result.data["figures"]
+    figures = {arm: {streams: [each] for streams, each in some.items()} for arm, some in medians.items()}
+    arms = []
+    for arm, some in result.data.get("runs", figures).items():
+        for streams, runs in some.items():
+            for each in runs:
+                rate = each["tokens"] / each["wall_s"] if "wall_s" in each else each["tokens_per_s"]
+                data = {"model_id": settings["model"], "max_concurrency": int(streams), "completed": int(streams), "failed": 0}
+                data |= {
+                    "total_input_tokens": int(streams) * settings["input_len"],
+                    "total_output_tokens": int(streams) * settings["output_len"],
+                }
+                data |= {"request_throughput": rate / settings["output_len"], "output_throughput": rate}
+                if times := sorted(each.get("ttfts_ms", ())):
+                    data |= {"median_ttft_ms": statistics.median(times), "p99_ttft_ms": times[int(0.99 * (len(times) - 1))]}
+                elif "ttft_p50_ms" in each:
+                    data |= {"median_ttft_ms": each["ttft_p50_ms"], "p99_ttft_ms": each["ttft_p99_ms"]}
+                arms.append(Result(arm, data, result.path))
+    return arms
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

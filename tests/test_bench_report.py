@@ -159,6 +159,19 @@ def test_ratios_and_sweeps_have_tables_of_their_own(tmp_path: Path, capsys: pyte
     assert "| s | - | 2.000 |" in text
 
 
+def test_arms_of_front_ends_are_systems_with_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"model": "m", "input_len": 16, "output_len": 10}
+    figures = {"own": {"2": {"tokens_per_s": 100.0, "ttft_p50_ms": 5.0, "ttft_p99_ms": 9.0}}, "offline": {"2": {"tokens_per_s": 120.0}}}
+    runs = {"own": {"2": [{"tokens": 20, "wall_s": 0.2, "ttfts_ms": [4.0, 6.0]}, {"tokens": 20, "wall_s": 0.1, "ttfts_ms": [5.0, 9.0]}]}}
+    only = {"benchmark": "frontends", "label": "run", "settings": settings, "figures": figures, "ratios": {"r": 0.5}}
+    text, last = reported(tmp_path, only, only | {"runs": runs}, capsys=capsys)
+    own, offline = last["rows"]
+    assert (own["label"], own["max_concurrency"], own["runs"]) == ("own", 2, 3)
+    assert (own["output_throughput"], own["request_throughput"], own["median_ttft_ms"]) == (100.0, 10.0, 5.0)
+    assert (offline["label"], offline["output_throughput"], offline["median_ttft_ms"]) == ("offline", 120.0, None)
+    assert "| frontends: ratio | run |" in text
+
+
 # --- the baseline ------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert read_public(tmp_path / "alice.key") == first.public.decode()
 
 
-@pytest.mark.parametrize("bits", [0o640, 0o604, 0o620, 0o601])
+@pytest.mark.parametrize("bits", [0o644, 0o604, 0o620, 0o610, 0o601])
 def test_a_secret_key_that_others_may_use_is_refused(tmp_path: Path, bits: int) -> None:
     write_pair(tmp_path, "alice")
     path = tmp_path / "alice.key_secret"
@@ -116,12 +116,40 @@ def test_a_secret_key_that_others_may_use_is_refused(tmp_path: Path, bits: int) 
     read_pair(path)
 
 
+@pytest.mark.parametrize("owner", [0, 12345])
+def test_only_root_may_give_a_secret_key_to_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: int) -> None:
+    """As PostgreSQL has it. Root's own files can be made by root only, so a file's owner is what fstat is made to say."""
+    pair = write_pair(tmp_path, "alice")
+    path = tmp_path / "alice.key_secret"
+    path.chmod(0o440)
+    real_fstat = os.fstat
+
+    def owned(file: int) -> os.stat_result:
+        state = list(real_fstat(file))
+        state[stat.ST_UID] = owner
+        return os.stat_result(state)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "fstat", owned)
+    if owner == 0:
+        assert read_pair(path) == pair
+    else:
+        with pytest.raises(Unreadable, match="may be used by others"):
+            read_pair(path)
+
+
 def test_a_file_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pair(tmp_path, "alice")
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    if os.getuid() != 0:
-        with pytest.raises(Unreadable, match="who may change it: chown"):
-            read_public(tmp_path / "alice.key")
+    real_fstat = os.fstat
+
+    def anothers(file: int) -> os.stat_result:
+        state = list(real_fstat(file))
+        state[stat.ST_UID] = os.geteuid() + 1
+        return os.stat_result(state)
+
+    monkeypatch.setattr(os, "fstat", anothers)
+    with pytest.raises(Unreadable, match="who may change it: chown"):
+        read_public(tmp_path / "alice.key")
     with pytest.raises(Unreadable, match=r"belongs to user .* not to this process's"):
         read_pair(tmp_path / "alice.key_secret")
 
@@ -173,10 +201,11 @@ def test_two_ways_to_write_one_key_are_one_key(tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.key")
-    (tmp_path / "link.key").symlink_to(tmp_path / "real.key")
     (tmp_path / "folder.key").mkdir()
-    write_pair(tmp_path, "real")
-    for name, said in (("pipe", "is not a file"), ("link", "is a symbolic link"), ("folder", "is not a file"), ("none", "No such file")):
+    for name, at in (("zeros", "/dev/zero"), ("lost", "nowhere"), ("round", "round.key"), ("piped", "pipe.key")):
+        (tmp_path / f"{name}.key").symlink_to(at)
+    none = dict.fromkeys(("none", "lost"), "No such file") | {"round": "Too many levels"}
+    for name, said in {**dict.fromkeys(("pipe", "folder", "zeros", "piped"), "is not a file"), **none}.items():
         with pytest.raises(Unreadable, match=said):
             read_public(tmp_path / f"{name}.key")
 
@@ -314,7 +343,9 @@ def test_many_files_are_looked_at_piece_by_piece(folder: Path, monkeypatch: pyte
 BROKEN: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_text(""),
     "no key": lambda path: path.write_text("hello"),
-    "a link": lambda path: path.symlink_to("/etc/passwd"),
+    "a link to what is no key": lambda path: path.symlink_to("/etc/passwd"),
+    "a link that leads nowhere": lambda path: path.symlink_to("nowhere.key"),
+    "a link to itself": lambda path: path.symlink_to("bad.key"),
     "a folder": lambda path: path.mkdir(),
     "a secret key": lambda path: path.write_text(f'public-key = "{PUBLIC}"\nsecret-key = "{PUBLIC}"'),
     "writable": written_by_all,
@@ -409,11 +440,15 @@ def test_a_folder_that_is_gone_allows_nobody(folder: Path) -> None:
     changes = ring.look()
     assert changes is not None
     assert changes.revoked == {Peer(key, "alice", "client")}
-    (folder / "clients").symlink_to(folder / "away")
-    ring.look()
-    assert ring.clients == {}
-    with pytest.raises(InvalidParameter, match="is not a folder"):
+    (folder / "clients").symlink_to(folder / "nowhere")
+    with pytest.raises(InvalidParameter, match="clients is a link that leads nowhere"):
         Keyring(folder)
+    (folder / "clients").unlink()
+    (folder / "clients").write_text("")
+    with pytest.raises(InvalidParameter, match="clients is not a folder"):
+        Keyring(folder)
+    assert ring.look() is not None
+    assert ring.clients == {}
 
 
 def test_a_folder_that_others_may_write_to_is_refused(folder: Path) -> None:

@@ -85,7 +85,7 @@ def public_key(path: Path, text: str, state: os.stat_result) -> str:
 
 
 def read_pair(path: Path) -> Pair:
-    """The pair in a secret file. Raises Unreadable, also when others than its owner may read the file."""
+    """The pair in a secret file. Raises Unreadable, also when others may read the file than its owner, or a group that root gave it to."""
     text, state = read_text(path)
     fields = _fields(path, text)
     if "public" in fields and "secret" not in fields:
@@ -133,10 +133,9 @@ def write_new(path: Path, text: str, mode: int) -> None:
 
 
 def read_text(path: Path) -> tuple[str, os.stat_result]:
-    """A small file of text, and the state of what was read. Links are not followed. Raises Unreadable."""
+    """A small file of text, and the state of what was read: of the file itself, where a symbolic link led to it. Raises Unreadable."""
     try:
-        # A pipe without a writer would make the opening wait.
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = _opened(path)
         try:
             state = os.fstat(file)
             if not stat.S_ISREG(state.st_mode):
@@ -145,9 +144,7 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
         finally:
             os.close(file)
     except OSError as error:
-        if error.errno == ELOOP:
-            raise Unreadable(f"{path} is a symbolic link: put the file itself there") from None
-        gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError) or error.errno == ELOOP
         raise Unreadable(f"cannot read {path}: {error.strerror or error}", passes=not gone) from None
     if len(raw) > MAX_BYTES:
         raise Unreadable(f"{path} is larger than {MAX_BYTES} bytes")
@@ -158,17 +155,45 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
 
 
 def check_unforgeable(path: Path, state: os.stat_result) -> None:
-    """Raise Unreadable for a file or folder that somebody else might change: whoever can may let himself in."""
+    """Raise Unreadable for a file or folder that somebody else might change: whoever can may let himself in.
+
+    A folder with the sticky bit may be written to by others, as those that Kubernetes mounts: they can neither remove nor replace what is
+    not theirs, and what they add is theirs, so not used.
+    """
     if state.st_uid not in (os.geteuid(), 0):
         raise Unreadable(f"{path} belongs to user {state.st_uid}, who may change it: chown {os.geteuid()} {path}")
-    if state.st_mode & 0o022:
+    sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX
+    if state.st_mode & 0o022 and not sticky:
         raise Unreadable(f"{path} may be written by others (mode {stat.S_IMODE(state.st_mode):04o}): chmod go-w {path}")
 
 
+def check_link(path: Path) -> None:
+    """The same for where a path leads to: a link that somebody else has made, or the folder of its end that he may write to, would let him
+    choose what is read. Nothing is asked of a path that is no link. Raises Unreadable, and OSError where something is gone."""
+    link = os.lstat(path)
+    if not stat.S_ISLNK(link.st_mode):
+        return
+    if link.st_uid not in (os.geteuid(), 0):
+        raise Unreadable(f"{path} is a link of user {link.st_uid}, who may let it lead elsewhere: remove it")
+    end = Path(os.path.realpath(path)).parent
+    check_unforgeable(end, os.stat(end))
+
+
+def _opened(path: Path) -> int:
+    """A descriptor. Mounted keys are replaced by a link to another folder, and the old folder goes at once: who was on the way in it tries
+    again."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe without a writer would make the opening wait
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        return os.open(path, flags)
+
+
 def _check_secret(path: Path, state: os.stat_result) -> None:
-    if state.st_uid != os.geteuid():
+    """PostgreSQL's rule for its key files: mode 0600 or less, or 0640 or less where it is root's, who gives it to a group on purpose."""
+    if state.st_uid not in (os.geteuid(), 0):
         raise Unreadable(f"{path} belongs to user {state.st_uid}, not to this process's {os.geteuid()}: chown {os.geteuid()} {path}")
-    if state.st_mode & 0o077:
+    if state.st_mode & (0o077 if state.st_uid else 0o037):
         raise Unreadable(f"{path} may be used by others (mode {stat.S_IMODE(state.st_mode):04o}): chmod 600 {path}")
 
 

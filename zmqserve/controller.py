@@ -39,6 +39,8 @@ DRAIN = 256
 FEW_DESCRIPTORS = 1024
 LAST_WORDS = 1024
 """Messages read of workers when a connection has broken, before it is asked whose it was."""
+MONITORED = 64
+"""Events of a socket's monitor read in one turn: connections that never spoke end by the thousand, and streams must not wait for that."""
 MOST_POLL_S = 0.25
 """The longest sleep, less with a short ttl: the broker takes a longer gap than half a ttl for a pause of the process."""
 FAREWELL_S = 0.1
@@ -251,14 +253,14 @@ class Controller:
         broker, clients, workers = relay.broker, relay.clients.socket, relay.workers.socket
         pollin = int(zmq.POLLIN)
         most_poll_s = min(MOST_POLL_S, self.config.ttl_s / 6)
-        gate = self._gate
+        gate, door = self._gate, None
         limit_bytes = default_limit_bytes() if self.config.memory_bytes is None else self.config.memory_bytes
         with contextlib.ExitStack() as stack:
             memory = stack.enter_context(contextlib.closing(MemoryWatch(limit_bytes)))
-            monitor = stack.enter_context(contextlib.closing(Monitor(workers) if gate is None else gate.watch(workers)))
+            monitor = stack.enter_context(contextlib.closing(Monitor(workers) if gate is None else gate.watch(workers, breaks=True)))
             watched: list[tuple[Any, int]] = [(workers, pollin), (clients, pollin), (monitor.fd, pollin), (self._wake_r, pollin)]
             if gate is not None:
-                door = stack.enter_context(contextlib.closing(gate.watch(clients)))
+                door = stack.enter_context(contextlib.closing(gate.watch(clients, breaks=False)))
                 watched += [(gate.socket, pollin), (door.fd, pollin)]
             while not self._stopping:
                 now = time.monotonic()
@@ -272,7 +274,8 @@ class Controller:
                     retry_s = relay.next_s()
                 next_s = min(when_s for when_s in (now + most_poll_s, due_s, retry_s) if when_s is not None)
                 above = self._parents.polled() if self._parents is not None else []
-                ready = dict(zmq.zmq_poll(watched + above, max(0, ceil((next_s - now) * 1000))))
+                at_once = monitor.more or (door is not None and door.more)
+                ready = dict(zmq.zmq_poll(watched + above, 0 if at_once else max(0, ceil((next_s - now) * 1000))))
                 now = time.monotonic()
                 if self._parents is not None:
                     self._parents.serve(now, ready, DRAIN)
@@ -280,16 +283,16 @@ class Controller:
                     relay.from_workers(now, DRAIN)
                 if clients in ready:
                     relay.from_clients(now, DRAIN)
-                if monitor.fd in ready and monitor.take():
+                if (monitor.more or monitor.fd in ready) and monitor.take(MONITORED):
                     relay.from_workers(now, LAST_WORDS)  # a BYE that came before its connection broke is heard before
                     broker.members.disconnected(now)
                 if self._wake_r in ready:
                     os.read(self._wake_r, 4096)
-                if gate is not None:
+                if gate is not None and door is not None:
                     if gate.socket in ready:
                         gate.serve(now)
-                    if door.fd in ready:
-                        door.take()
+                    if door.more or door.fd in ready:
+                        door.take(MONITORED)
                     gate.look(now)
         return None
 

@@ -55,9 +55,9 @@ class Gate:
         curve.guard(clients, self._keyring.ports[0], curve.CLIENTS_DOMAIN)
         curve.guard(workers, self._keyring.ports[1], curve.WORKERS_DOMAIN)
 
-    def watch(self, socket: zmq.Socket[bytes]) -> Monitor:
-        """Counts the handshakes that fail at a socket before anybody's key is known."""
-        return Monitor(socket, curve.FailedHandshakes(self.counters).tell)
+    def watch(self, socket: zmq.Socket[bytes], *, breaks: bool) -> Monitor:
+        """Counts the handshakes that fail at a socket before anybody's key is known; with `breaks` it tells of broken connections, too."""
+        return Monitor(socket, curve.FailedHandshakes(self.counters).tell, breaks=breaks)
 
     def serve(self, now: float) -> None:
         """Answer handshakes."""

@@ -9,6 +9,7 @@
     DIR/workers/NAME.key          a worker's
     DIR/access.toml               what each may do, optional
 
+Each may be a symbolic link to such a file or folder, as where Kubernetes mounts a secret: what it leads to is what is judged, and read.
 The folder says the role, never the file. Names of keys appear in logs and in status, keys never do.
 """
 
@@ -19,10 +20,22 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from errno import EAGAIN
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from .certificate import NAMED, PUBLIC_SUFFIX, SECRET_SUFFIX, Pair, Unreadable, check_unforgeable, public_key, read_pair, read_text
+from .certificate import (
+    NAMED,
+    PUBLIC_SUFFIX,
+    SECRET_SUFFIX,
+    Pair,
+    Unreadable,
+    check_link,
+    check_unforgeable,
+    public_key,
+    read_pair,
+    read_text,
+)
 from .errors import InvalidParameter
 
 CLIENT, ADMIN, WORKER = "client", "admin", "worker"
@@ -36,6 +49,8 @@ SETTLED_NS = 2 * 10**9
 ASKED_AT_ONCE, READ_AT_ONCE = 250, 32
 """Files whose state is asked for, and that are opened, in one look of a running controller: it takes a few ms, and all streams wait."""
 MOST_FILES = 2**31
+LISTED = 3
+"""Times that a folder is listed at most, where a mounted one is replaced meanwhile: what was listed may be a part of it, or gone."""
 MOST_TOLD = 3
 """Problems that one error names."""
 
@@ -143,35 +158,29 @@ class Keyring:
         states: dict[str, _State] = {}
         count, first = 0, self._asked
         for place in FOLDERS.values():
-            folder = str(self.folder / place)
+            folder = self.folder / place
             try:
-                seen = os.lstat(folder)
-                if not stat.S_ISDIR(seen.st_mode):
-                    raise Unreadable(f"{folder} is not a folder")
-                check_unforgeable(Path(folder), seen)
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.name.startswith("."):
-                            continue
-                        known = self._states.get(entry.path)
-                        if known is None or first <= count < first + most:
-                            with suppress(FileNotFoundError):  # since it was listed
-                                states[entry.path] = _state(entry.stat(follow_symlinks=False))
-                        else:
-                            states[entry.path] = known
-                        count += 1
+                for path in _listed(folder):
+                    known = self._states.get(path)
+                    if known is None or first <= count < first + most:
+                        with suppress(FileNotFoundError):  # since it was listed
+                            states[path] = _state(_stat(path))
+                    else:
+                        states[path] = known
+                    count += 1
             except FileNotFoundError:
-                continue
+                if os.path.islink(folder):
+                    faults.append(f"{folder} is a link that leads nowhere")
             except Unreadable as error:
                 faults.append(str(error))
             except OSError as error:
                 faults.append(f"cannot list {folder}: {error.strerror or error}")
                 if not isinstance(error, PermissionError | NotADirectoryError):
                     # It is this process that is in trouble (out of descriptors, say): no reason to turn everybody out.
-                    within = folder + os.sep
+                    within = str(folder) + os.sep
                     states |= {path: state for path, state in self._states.items() if path.startswith(within)}
         with suppress(OSError):
-            states[str(self.rules_path)] = _state(os.lstat(self.rules_path))
+            states[str(self.rules_path)] = _state(_stat(str(self.rules_path)))
         self._asked = first + most if first + most < count else 0
         return states
 
@@ -199,6 +208,7 @@ class Keyring:
             raw, seen = read_text(Path(path))
             if known is not None and known.raw == raw and known.state == state:
                 return known._replace(settled=settled)
+            check_link(Path(path))
             if path != str(self.rules_path):
                 return _File(state, settled, raw, public_key(Path(path), raw, seen), "")
             check_unforgeable(Path(path), seen)
@@ -207,6 +217,8 @@ class Keyring:
             if error.passes and known is not None:
                 return known._replace(settled=False)
             return _File(state, settled and not error.passes, raw, "", str(error))
+        except OSError as error:  # what it led through was replaced since it was read
+            return known._replace(settled=False) if known is not None else _File(state, False, raw, "", f"cannot follow {path}: {error}")
 
     def _sorted(self, problems: list[str]) -> tuple[dict[str, dict[str, Peer]], dict[str, str]]:
         """Clients and workers by key, and their files. Those in force come first: they keep their place against newcomers."""
@@ -236,6 +248,38 @@ class Keyring:
         if file is None and self.rules is not None:
             problems.append(f"{self.rules_path} is gone: its rules stay in force; an empty file lets go of them")
         return self.rules if file is None or file.problem else file.held
+
+
+def _listed(folder: Path) -> list[str]:
+    """The paths of what lies there and is not hidden: editors' files, and those behind the links of a mounted folder. Raises Unreadable for
+    a folder that others may change, and OSError."""
+    for left in reversed(range(LISTED)):
+        try:
+            seen = os.stat(folder)
+            if not stat.S_ISDIR(seen.st_mode):
+                raise Unreadable(f"{folder} is not a folder")
+            check_unforgeable(folder, seen)
+            check_link(folder)
+            with os.scandir(folder) as entries:
+                paths = [entry.path for entry in entries if not entry.name.startswith(".")]
+            if os.path.samestat(seen, os.stat(folder)):
+                return paths
+        except FileNotFoundError:
+            if not left:
+                raise
+    raise BlockingIOError(EAGAIN, "it is replaced all the time")
+
+
+def _stat(path: str) -> os.stat_result:
+    """The file's that a path leads to; of a link that leads nowhere its own."""
+    try:
+        return os.stat(path)
+    except OSError:
+        pass
+    try:
+        return os.stat(path)  # the folder that it led through was replaced just then, perhaps
+    except OSError:
+        return os.lstat(path)
 
 
 def _state(seen: os.stat_result) -> _State:

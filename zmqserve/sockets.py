@@ -14,6 +14,7 @@ import re
 import resource
 import stat
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ HANDSHAKES = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 _EVENT = struct.Struct("=HI")
 _monitors = itertools.count()
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+(?:%\w+)?\]|[^:/\s\[\]]+):(?P<port>\d+|\*)")
@@ -220,13 +222,15 @@ class Monitor:
 
     libzmq connects again by itself, and the other side takes that for a new peer: whatever it held for the old one is lost.
     Nothing is told of inproc connections. `fd` becomes readable, edge-triggered, when there may be something to `take`.
-    `handshake`: called by `take` with event and value of each handshake that was begun, completed or failed.
+    `handshake`: called by `take` with event and value of each handshake that was begun, completed or failed. Without `breaks` that is all.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], handshake: Callable[[int, int], object] | None = None) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], handshake: Callable[[int, int], object] | None = None, *, breaks: bool = True) -> None:
         self._socket = socket
         self._handshake = handshake
-        events = zmq.EVENT_DISCONNECTED | (HANDSHAKES if handshake is not None else 0)
+        self.more = False
+        """Whether the last `take` has left something, of which `fd` will not tell again."""
+        events = (zmq.EVENT_DISCONNECTED if breaks else 0) | (HANDSHAKES if handshake is not None else 0)
         address = f"inproc://zmqserve.monitor.{next(_monitors)}"
         socket.monitor(address, events)
         self._events: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
@@ -234,6 +238,7 @@ class Monitor:
         # At a limit libzmq's thread would wait, and with it all sockets of the context, until somebody looks: a client that has
         # nothing to ask does not. One event for each try to connect is not much.
         self._events.setsockopt(zmq.RCVHWM, 0)
+        self._recv, _ = raw_calls(self._events)
         try:
             self._events.connect(address)
             self.fd: int = self._events.fileno()
@@ -245,16 +250,21 @@ class Monitor:
     def __repr__(self) -> str:
         return f"Monitor({self._socket!r})"
 
-    def take(self) -> int:
-        """How many connections have broken since the last call."""
-        broken = 0
-        with contextlib.suppress(zmq.Again):
-            while True:
-                event, value = _EVENT.unpack(self._events.recv_multipart(NOBLOCK)[0])
-                if event == zmq.EVENT_DISCONNECTED:
-                    broken += 1
-                elif self._handshake is not None:
-                    self._handshake(event, value)
+    def take(self, most: int = sys.maxsize) -> int:
+        """How many connections have broken since the last call, by what up to `most` events say; look at `more` then."""
+        recv, handshake, broken = self._recv, self._handshake, 0
+        self.more = True
+        for _ in range(most):
+            try:
+                event, value = _EVENT.unpack(recv(NOBLOCK))
+            except zmq.Again:
+                self.more = False
+                break
+            recv(NOBLOCK)  # the endpoint, which has come with it
+            if event == DISCONNECTED:
+                broken += 1
+            elif handshake is not None:
+                handshake(event, value)
         return broken
 
     def close(self) -> None:
