@@ -110,7 +110,7 @@ def _block(network: PureBroker) -> float:
     from_client, from_worker = network.broker.from_client, network.broker.from_worker
     pairs = list(zip(network.ends(BLOCK), network.requests(BLOCK), strict=True))
     began_s = time.thread_time()
-    for (identity, head), (envelope, payload) in pairs:
-        from_worker(NOW, identity, head, b"done")
+    for (identity, head, done), (envelope, payload) in pairs:
+        from_worker(NOW, identity, head, done)
         from_client(NOW, envelope, payload)
     return (time.thread_time() - began_s) / BLOCK

@@ -208,7 +208,8 @@ def _start_streams(network: PureBroker, count: int) -> None:
     heads = m.decoder(m.ControllerHead)
     for identity, head_bytes in network.running:
         head = heads.decode(head_bytes)
-        network.broker.from_worker(NOW, identity, m.encode(m.WorkerHead(m.FIRST, head.epoch, head.client, head.rid)), b"first")
+        first = m.encode(m.Chunk(head.rid, 0, 0, "first", b""))
+        network.broker.from_worker(NOW, identity, m.encode(m.WorkerHead(m.FIRST, head.epoch, head.client, head.rid)), first)
     network.running.clear()
 
 

@@ -76,15 +76,16 @@ class PureBroker:
         message = m.Generate(self._rid, f"model-{draw(self._models)}", prompt=self._prompt, affinity=key)
         return (_routing_id(10**6 + draw(self._clients)),), bytes(memoryview(m.encode(message)))  # as long as it is, like one that came
 
-    def ends(self, count: int) -> list[tuple[bytes, bytes]]:
-        """The worker and the head of DONE for so many of those that run, drawn at random."""
+    def ends(self, count: int) -> list[tuple[bytes, bytes, bytes]]:
+        """The worker, and head and payload of DONE, for so many of those that run, drawn at random."""
         ended = []
         for _ in range(count):
             place = self._random.randrange(len(self.running))
             self.running[place], self.running[-1] = self.running[-1], self.running[place]
             identity, head_bytes = self.running.pop()
             head: m.ControllerHead = self._heads.decode(head_bytes)
-            ended.append((identity, m.encode(m.WorkerHead(m.DONE, head.epoch, head.client, head.rid, "length", 0, 1, 1))))
+            done = m.Done(head.rid, 1, ["length"], m.Usage(1, 1), m.Timings("bench"))
+            ended.append((identity, m.encode(m.WorkerHead(m.DONE, head.epoch, head.client, head.rid, "length", 0, 1, 1)), m.encode(done)))
         return ended
 
     def ask(self, count: int) -> None:

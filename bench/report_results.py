@@ -104,11 +104,12 @@ def _read(given: str) -> list[Result]:
     if not objects:
         raise ValueError(f"{path} holds no result of a benchmark: no JSON object with request_throughput or ratios")
     results = [Result(label or str(data.get("label") or data.get("backend") or path.stem), data, path) for data in objects]
-    return results + [arm for result in results if result.data.get("benchmark") == "frontends" for arm in _arms(result)]
+    return results + [arm for result in results if result.data.get("benchmark") == "frontends" for arm in _arms(result, label)]
 
 
-def _arms(result: Result) -> list[Result]:
-    """What `bench frontends` measured of each arm, run by run where it says so, by the names that `bench serve` has for it."""
+def _arms(result: Result, label: str) -> list[Result]:
+    """What `bench frontends` measured of each arm, run by run where it says so, by the names that `bench serve` has for it. `label`:
+    what stands before the arm's name, where one was given."""
     settings, medians = result.data["settings"], result.data["figures"]
     figures = {arm: {streams: [each] for streams, each in some.items()} for arm, some in medians.items()}
     arms = []
@@ -126,7 +127,7 @@ def _arms(result: Result) -> list[Result]:
                     data |= {"median_ttft_ms": statistics.median(times), "p99_ttft_ms": times[int(0.99 * (len(times) - 1))]}
                 elif "ttft_p50_ms" in each:
                     data |= {"median_ttft_ms": each["ttft_p50_ms"], "p99_ttft_ms": each["ttft_p99_ms"]}
-                arms.append(Result(arm, data, result.path))
+                arms.append(Result(f"{label} {arm}".lstrip(), data, result.path))
     return arms
 
 

@@ -41,8 +41,8 @@ def test_one_session_stays_on_one_worker() -> None:
         network.broker.from_client(NOW, envelope, payload)
         workers.add(network.running[-1][0])
         network.running[:-1] = []
-        ((identity, head),) = network.ends(1)
-        network.broker.from_worker(NOW, identity, head, b"done")
+        ((identity, head, done),) = network.ends(1)
+        network.broker.from_worker(NOW, identity, head, done)
     assert len(workers) == 1
 
 

@@ -71,7 +71,7 @@ def test_a_secret_key_that_others_can_read_is_refused(keys: Keys) -> None:
     os.chmod(keys.secret("alice"), 0o644)
     done = zmqserve("models", *keys.client_arguments("alice"))
     assert (done.returncode, f"chmod 600 {keys.secret('alice')}" in done.stderr) == (2, True)
-    os.chmod(keys.folder / "workers-port.key_secret", 0o640)
+    os.chmod(keys.folder / "workers-port.key_secret", 0o644)
     done = zmqserve("controller", "--clients", ANY, "--workers", ANY, "--curve-dir", str(keys))
     assert (done.returncode, done.stderr.startswith("zmqserve: curve_dir: "), "chmod 600" in done.stderr) == (2, True, True)
 

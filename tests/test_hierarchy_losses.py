@@ -14,6 +14,28 @@ from .fakes.network import card
 # --- what dies
 
 
+@pytest.mark.parametrize(
+    ("kind", "head"), [(m.DONE, {"outcome": "stop", "code": 1}), (m.DONE, {"outcome": "failed"}), (m.FAILED, {"outcome": "cancelled"})]
+)
+def test_a_worker_that_contradicts_itself_does_not_make_its_controller_a_liar(kind: int, head: dict[str, object]) -> None:
+    """The parent would give up the whole child, with all that runs on its other workers."""
+    tree = Tree()
+    top, child = tree.chain(2)
+    bad = child.worker("bad", card("bad"), slots=1)
+    tree.run()
+    client = top.client()
+    client.generate(1, "bad")
+    tree.run()
+    client.cancel(1)
+    tree.run()
+    done = m.Done(1, 0, ["stop"], m.Usage(1, 1), m.Timings("bad"))
+    bad.task(1)._say(kind, m.encode(done if kind == m.DONE else m.Error(1, errors.BackendError.code, "stopped")), **head)
+    tree.run()
+    assert len(client.ends(1)) == 1
+    assert (child.counters["worker violations"], top.counters["worker violations"]) == (0, 0)
+    tree.assert_clean()
+
+
 def test_a_worker_lost_before_its_first_chunk_is_replaced_below() -> None:
     tree = Tree()
     a, b, c = tree.chain(3)

@@ -246,6 +246,20 @@ def test_workers_that_leave_cost_no_attempt() -> None:
     assert ended(call) is None
 
 
+def test_workers_that_leave_with_nothing_new_are_counted_all_the_same() -> None:
+    """A worker may say it of itself, over and over."""
+    world = pair()
+    call = world.begin(3)
+    for _ in range(1 + MOST_LOST_WORKERS):  # the first had something to show
+        while not asked(world):
+            world.pass_s(0.05)
+            world.hear(m.Pong(world.session.controller))
+        assert ended(call) is None
+        world.lost(call, 0)
+    assert isinstance(call.end, WorkerLost)
+    assert not call.end.retryable
+
+
 def test_workers_lost_without_progress_are_not_asked_for_at_once() -> None:
     world = pair()
     call = world.begin(3)

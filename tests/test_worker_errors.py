@@ -14,9 +14,11 @@ from zmqserve.backends.echo import EchoWorker
 from zmqserve.errors import (
     BackendError,
     ContextOverflow,
+    GoingAway,
     InvalidParameter,
     MalformedMessage,
     OutOfMemory,
+    Unauthenticated,
     UnknownModel,
     Unsupported,
     WorkerLost,
@@ -73,6 +75,33 @@ def test_a_request_that_raises_fails_alone(controller: FakeController, error: Ba
         assert failed.data == getattr(error, "data", {})
         controller.cancel(1)
         assert controller.expect(m.DONE).head.rid == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackendError("odd", data={"flag": True}),
+        BackendError("odd", data={"ids": [1, 2]}),  # type: ignore[list-item]
+        BackendError("odd", data={1: "a"}),  # type: ignore[dict-item]
+        BackendError("odd", data=None),
+        BackendError("odd", retry_after_ms=1.5),  # type: ignore[arg-type]
+        BackendError(404),  # type: ignore[arg-type]
+        Unauthenticated("odd: this is of the backend's own client"),
+        GoingAway("odd: and so is this"),
+    ],
+    ids=str,
+)
+def test_an_error_that_no_client_could_read_or_may_be_told_is_made_into_one(controller: FakeController, error: Exception) -> None:
+    async def fail(job: GenerateJob) -> AsyncIterator[Delta]:
+        if job.request.rid:
+            raise error
+        yield Delta("")
+
+    with serving(ScriptWorker(config(controller), fail), controller):
+        controller.request(generate(1, "fail"))
+        (failed,) = controller.answer_of(1)
+        assert (failed.head.kind, failed.head.code, failed.message.code) == (m.FAILED, BackendError.code, BackendError.code)
+        assert str(error.args[0]) in failed.message.message
 
 
 def test_text_that_cannot_be_sent_spoils_no_other_stream(controller: FakeController) -> None:

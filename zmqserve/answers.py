@@ -8,7 +8,7 @@ from typing import Protocol
 
 import msgspec
 
-from .errors import BackendError, DeadlineExceeded, OutOfMemory, ZmqserveError
+from .errors import BackendError, DeadlineExceeded, GoingAway, OutOfMemory, Unauthenticated, ZmqserveError
 from .jobs import Delta, GenerateJob
 from .lane import Gather, clean, encoded
 from .logs import Logger
@@ -38,6 +38,7 @@ MAX_ERROR_CHARACTERS = 500
 CHUNK_BYTES = 100
 """More than what a chunk, or a token's logprob, takes in a message besides its text and its ids."""
 _pack_one = Struct("<I").pack
+_check_error = msgspec.msgpack.Decoder(Error).decode
 
 
 class Cancellable(Protocol):
@@ -106,14 +107,15 @@ class Answer:
         error = _typed(exception)
         if error is not exception:
             log.error("request failed", worker=self.worker, rid=self.head.rid, exc_info=exception)
-        data = {name: value for name, value in error.data.items() if isinstance(value, str | int | float | list)}
-        message = Error(self.head.rid, error.code, error.message, error.retryable, error.retry_after_ms, data)
+        message = Error(self.head.rid, error.code, error.message, error.retryable, error.retry_after_ms, dict(error.data))
+        plain = Error(self.head.rid, error.code, clean(str(error.message)), bool(error.retryable))
         try:
             payload = encode(message)
-        except (TypeError, UnicodeEncodeError, OverflowError):
-            payload = encode(Error(self.head.rid, error.code, clean(error.message), error.retryable))
+            _check_error(payload)
+        except (TypeError, UnicodeEncodeError, OverflowError, RecursionError, msgspec.ValidationError):
+            payload = encode(plain)  # a backend may have put anything into it, and its client must be able to read it
         if len(payload) > self.gather.lane.message_bytes:
-            payload = encode(Error(self.head.rid, error.code, _short(clean(error.message)), error.retryable))
+            payload = encode(msgspec.structs.replace(plain, message=_short(plain.message)))
         self._end(FAILED, payload, "", error.code, *used)
 
     def settle(self) -> None:
@@ -296,8 +298,8 @@ def _short(text: str) -> str:
 
 def _typed(error: BaseException) -> ZmqserveError:
     """What the caller is told of an exception: the error itself when it is one of ours, else its type and text."""
-    if isinstance(error, ZmqserveError):
-        return error
+    if isinstance(error, ZmqserveError) and not isinstance(error, Unauthenticated | GoingAway):
+        return error  # those are a controller's to say; a backend may have a client of its own that was told so
     names = {cls.__name__ for cls in type(error).__mro__}
     text = _short(f"{type(error).__name__}: {error}".rstrip(": "))
     # torch's own class is named so too: known by its name, since the core does not import torch.

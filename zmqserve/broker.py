@@ -14,12 +14,13 @@ import msgspec
 
 from . import messages as m
 from .access import UNREAD, Access, Account, Keys, unauthenticated
-from .carried import is_pieces, is_word_of
+from .carried import is_controllers, is_pieces, is_word_of
 from .config import ControllerConfig
 from .controls import Controls
 from .dispatch import POLICIES, Policy
 from .endings import count_error, error_message
 from .errors import (
+    BackendError,
     DeadlineExceeded,
     DuplicateRequest,
     GoingAway,
@@ -317,10 +318,17 @@ class Broker:
             else:
                 flights.busy(flight, now)
             return
-        outcome, code = head.outcome, head.code
+        outcome, code = head.outcome, 0
         if head.kind == m.FAILED:
+            if is_controllers(payload):
+                wrong = BackendError(f"worker {worker.name} failed it with an error that is a controller's to say (code {head.code})")
+                payload, code = error_message(flight.rid, wrong), wrong.code
+            else:
+                code = head.code
             outcome = "deadline" if code == DeadlineExceeded.code else "failed"  # its worker has a clock as well
-        if flight.ending is not None and (head.outcome == "cancelled" or flight.client.gone):
+        elif outcome == "failed":
+            outcome = "ok"
+        if flight.ending is not None and (outcome == "cancelled" or flight.client.gone):
             outcome = flight.ending
             if outcome == "deadline":
                 late = DeadlineExceeded("the deadline passed while the worker answered")

@@ -16,9 +16,12 @@ LOOK_S = 0.25
 """Between two looks, as often as an idle controller wakes: a flood may bring hundreds of megabytes a second."""
 SHARE = 0.8
 """Of what there is, where no limit is given: the rest is for the last words, and for others."""
-TRIM_BYTES, TRIM_S, TRIM_REST = 64 * 2**20, 10.0, 1000
+TRIM_BYTES, TRIM_S, TRIM_REST, MOST_TRIM_S = 64 * 2**20, 10.0, 1000, 600.0
 """How far the process is above the least that it ever held when freed memory is given back before it has to be, and how often: at most so,
-and with so many times as long in between as it took (about 0.3 ms for each MiB that goes; threads that want memory may wait for it)."""
+with so many times as long in between as it took (about 0.3 ms for each MiB that goes; threads that want memory may wait for it), and twice
+as long as before where there was nothing to give back, up to the last."""
+GIVEN_BYTES = 2**20
+"""Less is nothing."""
 
 _STATM = "/proc/self/statm"
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -33,6 +36,7 @@ class MemoryWatch:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._next_s = self._trim_s = 0.0
+        self._pause_s = TRIM_S
         self._least_bytes = sys.maxsize
         self._trim = _malloc_trim() if limit_bytes else None
         self._statm = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC) if limit_bytes and os.path.exists(_STATM) else -1
@@ -51,8 +55,10 @@ class MemoryWatch:
         if self._trim is not None and (held > self.limit_bytes or (grown and now >= self._trim_s)):
             began_s = time.perf_counter()
             self._trim(0)
-            self._trim_s = now + max(TRIM_S, TRIM_REST * (time.perf_counter() - began_s))
-            held = self.held_bytes()
+            took_s = time.perf_counter() - began_s
+            before, held = held, self.held_bytes()
+            self._pause_s = TRIM_S if before - held > GIVEN_BYTES else min(MOST_TRIM_S, 2 * self._pause_s)
+            self._trim_s = now + max(self._pause_s, TRIM_REST * took_s)
         return held if held > self.limit_bytes else 0
 
     def held_bytes(self) -> int:

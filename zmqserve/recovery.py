@@ -119,8 +119,9 @@ class Recovery:
         """Count what was lost; whether there may be another worker."""
         told = error.data.get("attempts")
         attempts = told if isinstance(told, int) else self.attempts + 1
-        lost = max(0, attempts - self.attempts)
         recovered = self._recovered(now, call)
+        # A worker that leaves costs no attempt; but one that says so with nothing new to show for it could say it for ever.
+        lost = max(0 if received_tokens(call) > self._tokens else 1, attempts - self.attempts)
         self._lost_workers += lost
         self._tokens = received_tokens(call)
         beside = error.data.get("beside", 0)
