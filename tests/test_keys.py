@@ -280,7 +280,7 @@ def test_a_change_that_leaves_size_and_times_as_they_were_is_seen(folder: Path, 
     old = put(folder, "client", "alice")
     path = folder / "clients" / "alice.key"
     now_ns = time.time_ns()
-    monkeypatch.setattr(keyring, "_state", lambda _: (now_ns, now_ns, 300, 1, 0o100644, 0))
+    monkeypatch.setattr(keyring, "_state", lambda *_: (now_ns, now_ns, 0, 300, 1, 0o100644, 0))
     ring = Keyring(folder)
     new = public_key()
     path.write_text(path.read_text().replace(old, new))
@@ -293,7 +293,7 @@ def test_files_that_have_not_changed_for_long_are_not_opened(folder: Path, monke
     monkeypatch.setattr(keyring, "SETTLED_NS", -(10**18))  # of the change's time only that of the inode cannot be set
     settle(folder / "clients" / "alice.key")
     ring = Keyring(folder)
-    monkeypatch.setattr(keyring, "read_text", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(keyring, "read_text", lambda path, _: pytest.fail(f"{path} was opened"))
     assert ring.look() is None
 
 
@@ -307,9 +307,9 @@ def test_many_files_are_looked_at_piece_by_piece(folder: Path, monkeypatch: pyte
     opened: list[Path] = []
     real_read = certificate.read_text
 
-    def read(path: Path) -> tuple[str, os.stat_result]:
+    def read(path: Path, by: Callable[[Path], int]) -> tuple[str, os.stat_result]:
         opened.append(path)
-        return real_read(path)
+        return real_read(path, by)
 
     monkeypatch.setattr(keyring, "read_text", read)
     monkeypatch.setattr(keyring, "SETTLED_NS", -(10**18))

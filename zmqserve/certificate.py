@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Callable
 from errno import ELOOP
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,11 @@ def public_key(path: Path, text: str, state: os.stat_result) -> str:
 
 def read_pair(path: Path) -> Pair:
     """The pair in a secret file. Raises Unreadable, also when others may read the file than its owner, or a group that root gave it to."""
-    text, state = read_text(path)
+    return secret_pair(path, *read_text(path))
+
+
+def secret_pair(path: Path, text: str, state: os.stat_result) -> Pair:
+    """The same, of what `read_text` has read there."""
     fields = _fields(path, text)
     if "public" in fields and "secret" not in fields:
         raise Unreadable(f"{path} holds a public key only: give the file of the pair, which ends in {SECRET_SUFFIX}")
@@ -132,10 +137,19 @@ def write_new(path: Path, text: str, mode: int) -> None:
         raise InvalidParameter(f"cannot write {path}: {error.strerror or error}", data={"parameter": "name"}) from None
 
 
-def read_text(path: Path) -> tuple[str, os.stat_result]:
-    """A small file of text, and the state of what was read: of the file itself, where a symbolic link led to it. Raises Unreadable."""
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would make the opening wait
+
+
+def read_text(path: Path, opened: Callable[[Path], int] = _opened) -> tuple[str, os.stat_result]:
+    """A small file of text, and the state of what was read: of the file itself, where a symbolic link led to it. `opened` follows the
+    links and gives a descriptor. Raises Unreadable."""
     try:
-        file = _opened(path)
+        try:
+            file = opened(path)
+        except (FileNotFoundError, BlockingIOError):
+            # Mounted keys are replaced by a link to another folder, and the old folder goes at once: who was on the way in it tries again.
+            file = opened(path)
         try:
             state = os.fstat(file)
             if not stat.S_ISREG(state.st_mode):
@@ -154,7 +168,7 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
         raise Unreadable(f"{path} is not text") from None
 
 
-def check_unforgeable(path: Path, state: os.stat_result) -> None:
+def check_unforgeable(path: Path | str, state: os.stat_result) -> None:
     """Raise Unreadable for a file or folder that somebody else might change: whoever can may let himself in.
 
     A folder with the sticky bit may be written to by others, as those that Kubernetes mounts: they can neither remove nor replace what is
@@ -165,28 +179,6 @@ def check_unforgeable(path: Path, state: os.stat_result) -> None:
     sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX
     if state.st_mode & 0o022 and not sticky:
         raise Unreadable(f"{path} may be written by others (mode {stat.S_IMODE(state.st_mode):04o}): chmod go-w {path}")
-
-
-def check_link(path: Path) -> None:
-    """The same for where a path leads to: a link that somebody else has made, or the folder of its end that he may write to, would let him
-    choose what is read. Nothing is asked of a path that is no link. Raises Unreadable, and OSError where something is gone."""
-    link = os.lstat(path)
-    if not stat.S_ISLNK(link.st_mode):
-        return
-    if link.st_uid not in (os.geteuid(), 0):
-        raise Unreadable(f"{path} is a link of user {link.st_uid}, who may let it lead elsewhere: remove it")
-    end = Path(os.path.realpath(path)).parent
-    check_unforgeable(end, os.stat(end))
-
-
-def _opened(path: Path) -> int:
-    """A descriptor. Mounted keys are replaced by a link to another folder, and the old folder goes at once: who was on the way in it tries
-    again."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe without a writer would make the opening wait
-    try:
-        return os.open(path, flags)
-    except FileNotFoundError:
-        return os.open(path, flags)
 
 
 def _check_secret(path: Path, state: os.stat_result) -> None:

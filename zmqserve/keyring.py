@@ -9,7 +9,8 @@
     DIR/workers/NAME.key          a worker's
     DIR/access.toml               what each may do, optional
 
-Each may be a symbolic link to such a file or folder, as where Kubernetes mounts a secret: what it leads to is what is judged, and read.
+Each may be a symbolic link to such a file or folder, as where Kubernetes mounts a secret: what it leads to is judged and
+read, and so is each link on the way.
 The folder says the role, never the file. Names of keys appear in logs and in status, keys never do.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import EAGAIN
 from pathlib import Path
@@ -30,13 +31,13 @@ from .certificate import (
     SECRET_SUFFIX,
     Pair,
     Unreadable,
-    check_link,
     check_unforgeable,
     public_key,
-    read_pair,
     read_text,
+    secret_pair,
 )
 from .errors import InvalidParameter
+from .links import link_state, mark, opened
 
 CLIENT, ADMIN, WORKER = "client", "admin", "worker"
 FOLDERS: Mapping[str, str] = {CLIENT: "clients", ADMIN: "admins", WORKER: "workers"}
@@ -47,7 +48,8 @@ RULES = "access.toml"
 SETTLED_NS = 2 * 10**9
 """A file that was changed so shortly before it was read is read once more: a second change may have left the same times behind."""
 ASKED_AT_ONCE, READ_AT_ONCE = 250, 32
-"""Files whose state is asked for, and that are opened, in one look of a running controller: it takes a few ms, and all streams wait."""
+"""Files whose state is asked for, and that are opened, in one look of a running controller: it takes a few ms, 10 if all are links, and all
+streams wait."""
 MOST_FILES = 2**31
 LISTED = 3
 """Times that a folder is listed at most, where a mounted one is replaced meanwhile: what was listed may be a part of it, or gone."""
@@ -55,7 +57,8 @@ MOST_TOLD = 3
 """Problems that one error names."""
 
 
-_State: TypeAlias = tuple[int, int, int, int, int, int]
+_State: TypeAlias = tuple[int, ...]
+"""Of a file, with the links that lead to it; three times first."""
 
 
 class Peer(NamedTuple):
@@ -111,9 +114,11 @@ class Keyring:
         self._problems: list[str] = []
         try:
             self.ports: tuple[Pair, Pair] = (self._port(CLIENTS_PORT), self._port(WORKERS_PORT))
-            check_unforgeable(folder, os.stat(folder))
+            _check_folder(folder)
         except Unreadable as error:
             raise _wrong(str(error)) from None
+        except OSError as error:
+            raise _wrong(f"cannot open {folder}: {error.strerror or error}") from None
         changes = self.look(thorough=True)
         if changes is not None and changes.problems:
             left = len(changes.problems) - MOST_TOLD
@@ -136,7 +141,8 @@ class Keyring:
             return None
         self._states, self._faults = states, faults
         self._read(states, MOST_FILES if thorough else READ_AT_ONCE)
-        problems = [*faults, *(file.problem for file in self._files.values() if file.problem)]
+        # Once each: that of a folder may be that of all links that lead there.
+        problems = list(dict.fromkeys([*faults, *(file.problem for file in self._files.values() if file.problem)]))
         sides, places = self._sorted(problems)
         rules = self._rules(problems)
         was_rules, was_problems = self.rules, self._problems
@@ -150,7 +156,7 @@ class Keyring:
         path = self.folder / (name + SECRET_SUFFIX)
         if not path.exists():
             raise Unreadable(f"{path} does not exist: `zmqserve keys init {self.folder}` makes it")
-        return read_pair(path)
+        return secret_pair(path, *read_text(path, opened))
 
     def _seen(self, faults: list[str], most: int) -> dict[str, _State]:
         """The state of each file in the folders, and of the rules, with what is wrong with the folders. Nothing is opened, and of the
@@ -164,7 +170,7 @@ class Keyring:
                     known = self._states.get(path)
                     if known is None or first <= count < first + most:
                         with suppress(FileNotFoundError):  # since it was listed
-                            states[path] = _state(_stat(path))
+                            states[path] = _state(*link_state(path))
                     else:
                         states[path] = known
                     count += 1
@@ -180,7 +186,7 @@ class Keyring:
                     within = str(folder) + os.sep
                     states |= {path: state for path, state in self._states.items() if path.startswith(within)}
         with suppress(OSError):
-            states[str(self.rules_path)] = _state(_stat(str(self.rules_path)))
+            states[str(self.rules_path)] = _state(*link_state(str(self.rules_path)))
         self._asked = first + most if first + most < count else 0
         return states
 
@@ -200,15 +206,14 @@ class Keyring:
             self._files[path] = known
 
     def _file(self, path: str, state: _State, known: _File | None) -> _File:
-        settled = time.time_ns() - max(state[:2]) > SETTLED_NS
+        settled = time.time_ns() - max(state[:3]) > SETTLED_NS
         raw = ""
         try:
             if path != str(self.rules_path) and not NAMED.fullmatch(os.path.basename(path)):
                 raise Unreadable(f"{path} is not NAME{PUBLIC_SUFFIX}, with a name of up to 64 of A-Z a-z 0-9 . _ -")
-            raw, seen = read_text(Path(path))
+            raw, seen = read_text(Path(path), opened)
             if known is not None and known.raw == raw and known.state == state:
                 return known._replace(settled=settled)
-            check_link(Path(path))
             if path != str(self.rules_path):
                 return _File(state, settled, raw, public_key(Path(path), raw, seen), "")
             check_unforgeable(Path(path), seen)
@@ -217,8 +222,6 @@ class Keyring:
             if error.passes and known is not None:
                 return known._replace(settled=False)
             return _File(state, settled and not error.passes, raw, "", str(error))
-        except OSError as error:  # what it led through was replaced since it was read
-            return known._replace(settled=False) if known is not None else _File(state, False, raw, "", f"cannot follow {path}: {error}")
 
     def _sorted(self, problems: list[str]) -> tuple[dict[str, dict[str, Peer]], dict[str, str]]:
         """Clients and workers by key, and their files. Those in force come first: they keep their place against newcomers."""
@@ -229,8 +232,8 @@ class Keyring:
         order = list(FOLDERS.values())
         found = []
         for path, file in self._files.items():
-            place, name = path.split(os.sep)[-2:]
             if file.held and path != str(self.rules_path):
+                place, name = path.split(os.sep)[-2:]
                 found.append((self._places.get(file.held) != path, order.index(place), name.removesuffix(PUBLIC_SUFFIX), path, file.held))
         for _, place_number, name, path, key in sorted(found):
             role = roles[order[place_number]]
@@ -255,13 +258,16 @@ def _listed(folder: Path) -> list[str]:
     a folder that others may change, and OSError."""
     for left in reversed(range(LISTED)):
         try:
-            seen = os.stat(folder)
-            if not stat.S_ISDIR(seen.st_mode):
-                raise Unreadable(f"{folder} is not a folder")
-            check_unforgeable(folder, seen)
-            check_link(folder)
-            with os.scandir(folder) as entries:
-                paths = [entry.path for entry in entries if not entry.name.startswith(".")]
+            file = opened(folder)
+            try:
+                seen = os.fstat(file)
+                if not stat.S_ISDIR(seen.st_mode):
+                    raise Unreadable(f"{folder} is not a folder")
+                check_unforgeable(folder, seen)
+                with os.scandir(file) as entries:
+                    paths = [str(folder / entry.name) for entry in entries if not entry.name.startswith(".")]
+            finally:
+                os.close(file)
             if os.path.samestat(seen, os.stat(folder)):
                 return paths
         except FileNotFoundError:
@@ -270,20 +276,20 @@ def _listed(folder: Path) -> list[str]:
     raise BlockingIOError(EAGAIN, "it is replaced all the time")
 
 
-def _stat(path: str) -> os.stat_result:
-    """The file's that a path leads to; of a link that leads nowhere its own."""
+def _check_folder(folder: Path) -> None:
+    """Raise Unreadable for one that others may change, and OSError."""
+    file = opened(folder)
     try:
-        return os.stat(path)
-    except OSError:
-        pass
-    try:
-        return os.stat(path)  # the folder that it led through was replaced just then, perhaps
-    except OSError:
-        return os.lstat(path)
+        check_unforgeable(folder, os.fstat(file))
+    finally:
+        os.close(file)
 
 
-def _state(seen: os.stat_result) -> _State:
-    return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_size, seen.st_ino, seen.st_mode, seen.st_uid
+def _state(seen: os.stat_result, met: Sequence[os.stat_result] = ()) -> _State:
+    """With what was judged on the way: where a link, or who may change it, is another, the file is judged anew."""
+    linked = max((each.st_ctime_ns for each in met if stat.S_ISLNK(each.st_mode)), default=0)
+    marks = (number for each in met for number in mark(each))
+    return seen.st_mtime_ns, seen.st_ctime_ns, linked, seen.st_size, seen.st_ino, seen.st_mode, seen.st_uid, *marks
 
 
 def _wrong(what: str) -> InvalidParameter:
