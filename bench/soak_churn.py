@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from zmqserve import Client
 from zmqserve.certificate import read_public, write_pair, write_public
+from zmqserve.credentials import CONTROLLER_KEY_VARIABLE, KEY_VARIABLE
 from zmqserve.errors import Unauthenticated
 
 from .chaos_network import Child, Network
@@ -62,21 +63,41 @@ class Keys:
         """`key` and `controller_key` for a connection to that port."""
         return {"key": str(self.pairs / f"{name}.key_secret"), "controller_key": str(self.folder / f"{port}-port.key")}
 
+    def environment(self, name: str) -> dict[str, str]:
+        """The same for a client process, as it finds them."""
+        options = self.options(name)
+        return {KEY_VARIABLE: options["key"], CONTROLLER_KEY_VARIABLE: options["controller_key"]}
+
     def arguments(self, name: str, port: str) -> list[str]:
         """The same for a command."""
         options = self.options(name, port)
         return ["--key", options["key"], "--controller-key", options["controller_key"]]
 
 
+class Gone(NamedTuple):
+    """A worker that was made to go: when, on the monotonic clock, and whether it was killed; otherwise it was told to drain."""
+
+    at_s: float
+    worker: str
+    killed: bool
+
+
 class Churn:
-    """Runs in threads of its own until `stop`. `counts` says what came and went; `wrong` what did not end as it should."""
+    """Runs in threads of its own until `stop`. They end with `close`: Linux kills a process with the thread that started it, if that is
+    what it asked for to end with its parent.
+
+    `counts` says what came and went, `gone` which workers went when; `wrong` what did not end as it should.
+    """
 
     def __init__(self, network: Network, keys: Keys | None, workers: list[Child], asking: list[Child], random: Random) -> None:
         self.counts: Counter[str] = Counter()
+        self.gone: list[Gone] = []
         self.wrong: list[str] = []
         self._network, self._keys, self._random = network, keys, random
         self._workers, self._asking = workers, asking
         self._over = threading.Event()
+        self._closed = threading.Event()
+        self._still = threading.Semaphore(0)
         loops: tuple[tuple[Callable[[], None], float], ...] = (
             (self._client, CLIENT_GAP_S),
             (self._worker, WORKER_GAP_S),
@@ -90,8 +111,15 @@ class Churn:
             thread.start()
 
     def stop(self) -> None:
-        """End, with what is under way."""
+        """No more of it; returns when what is under way has ended. What was started lives on."""
         self._over.set()
+        for _ in self._threads:
+            self._still.acquire()
+
+    def close(self) -> None:
+        """End the threads, and with them what they have started."""
+        self._over.set()
+        self._closed.set()
         for thread in self._threads:
             thread.join()
 
@@ -101,6 +129,8 @@ class Churn:
                 act()
             except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on and tells it
                 self.wrong.append(f"{type(error).__name__}: {error}")
+        self._still.release()
+        self._closed.wait()
 
     def _client(self) -> None:
         keys, random = self._keys, self._random
@@ -139,7 +169,9 @@ class Churn:
 
     def _worker(self) -> None:
         child = self._random.choice(self._workers)
-        if self._random.random() < KILLED_SHARE:
+        killed = self._random.random() < KILLED_SHARE
+        self.gone.append(Gone(time.monotonic(), child.name, killed))
+        if killed:
             child.kill()
             self.counts["workers killed"] += 1
         else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from zmqserve import messages as m
-from zmqserve.bounds import MOST_CONNECTIONS
+from zmqserve.bounds import MOST_CONNECTIONS, Offers
+from zmqserve.config import ControllerConfig
 
 from .fakes.network import Network, card
 from .test_limits import fill, refusals
@@ -68,6 +69,16 @@ def test_offers_are_counted_before_they_are_read_and_by_connection() -> None:
     calm.load()
     noisy.ready()
     assert noisy.is_registered()
+
+
+def test_connections_that_were_quiet_are_forgotten_and_those_that_are_not_are_bounded() -> None:
+    offers = Offers(ControllerConfig())
+    for number in range(1000):
+        offers.take(60.0 * number, b"%d" % number, 10)
+    assert len(offers) == 1
+    for number in range(MOST_CONNECTIONS + 100):
+        offers.take(60_000.0, b"%d" % number, 10)
+    assert len(offers) == MOST_CONNECTIONS
 
 
 def test_ten_thousand_registrations_of_one_name_cost_little() -> None:

@@ -42,14 +42,22 @@ class Offers:
             raise Refused(text, data={"bound": "ready_bytes", "limit": most})
         bucket = self._buckets.get(connection)
         if bucket is None:
-            if len(self._buckets) >= MOST_CONNECTIONS:
-                self._buckets.popitem(last=False)
+            self._forget(now)
             bucket = self._buckets[connection] = Bucket(rate, max(1.0, BURST_S * rate), now)
+        self._buckets.move_to_end(connection)
         wait_s = bucket.wait_s(now, 1.0)
         if wait_s > 0:
             text = f"a worker may register or change its offer {rate:g} times a second (readies_per_s)"
             raise RateLimited(text, retry_after_ms=ceil(wait_s * 1000), data={"bound": "readies_per_s", "limit": rate})
         bucket.take(now, 1.0)
+
+    def _forget(self, now: float) -> None:
+        """Who was heard of long ago would have a new bucket's fill: connections that have gone are not told of here."""
+        while self._buckets:
+            oldest = next(iter(self._buckets.values()))
+            if oldest.level(now) < oldest.most and len(self._buckets) < MOST_CONNECTIONS:
+                break
+            self._buckets.popitem(last=False)
 
 
 def check_offer(config: ControllerConfig, registry: Registry, ready: Ready, *, new: bool) -> None:
