@@ -130,9 +130,9 @@ OF_THE_CONTROLLER = {
 }
 
 
-@pytest.mark.parametrize("kind", [m.FIRST, m.MORE, m.DONE, m.FAILED])
+@pytest.mark.parametrize("kind", [m.FIRST, m.MORE, m.DONE, m.FAILED, None], ids=["FIRST", "long MORE", "DONE", "FAILED", "MORE"])
 @pytest.mark.parametrize("payload", OF_THE_CONTROLLER.values(), ids=OF_THE_CONTROLLER)
-def test_it_cannot_speak_to_its_client_for_the_controller(controller: ServedController, payload: bytes, kind: int) -> None:
+def test_it_cannot_speak_to_its_client_for_the_controller(controller: ServedController, payload: bytes, kind: int | None) -> None:
     """The client has a stream of an honest worker, too: it neither ends nor moves."""
     with (
         hostile(controller, "other") as worker,
@@ -142,7 +142,10 @@ def test_it_cannot_speak_to_its_client_for_the_controller(controller: ServedCont
     ):
         text = next(stream).text
         task = worker.request()
-        worker.say(kind, payload, client=task.client, rid=task.rid)
+        if kind is None:  # in the form that is not decoded
+            worker.send(m.more_head(worker.epoch, task.client), payload)
+        else:
+            worker.say(kind, payload, client=task.client, rid=task.rid)
         eventually(lambda: "hostile" not in names(controller), PATIENCE_S, "it is given up")
         text += "".join(chunk.text for chunk in stream)
         assert (text, stream.completion.resumed) == (WORDS, 0)
