@@ -10,6 +10,14 @@ from zmqserve import certificate
 from zmqserve.keyring import CLIENTS_PORT, FOLDERS, WORKERS_PORT
 
 
+def usual(folder: Path) -> Keys:
+    """A controller's folder that allows alice (a client), boss (an admin) and gpu (a worker), and not mallory."""
+    made = Keys(folder)
+    for name, role in (("alice", "client"), ("boss", "admin"), ("gpu", "worker"), ("mallory", None)):
+        made.new(name, role)
+    return made
+
+
 class Keys:
     """`folder` is what a controller takes as its curve_dir; `own` is where the pairs of its peers lie."""
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -126,6 +127,19 @@ def network(
         finally:
             for worker in workers.values():
                 worker.end(signal.SIGKILL)
+
+
+@contextmanager
+def honest_network(config: Path, settings: str, *arguments: str) -> Iterator[ServedController]:
+    """A controller with these settings, written to `config`, and an echo worker of model ``m`` that must live to the end."""
+    config.write_text(settings)
+    with (
+        ServedController("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", "--config", str(config)) as controller,
+        controller.echo("honest", *arguments) as honest,
+    ):
+        controller.wait_ready("honest")
+        yield controller
+        assert honest.process.poll() is None
 
 
 def eventually(check: Callable[[], bool], within_s: float, what: str) -> float:

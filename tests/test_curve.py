@@ -28,7 +28,7 @@ from zmqserve.keyring import Keyring
 from zmqserve.sockets import Binding, Monitor, SocketLimits, connect, dealer, router
 from zmqserve.zap import BURST_S, ZapHandler
 
-from .keyrings import Keys
+from .keyrings import Keys, usual
 from .processes import PATIENCE_S, eventually
 
 ANY = "tcp://127.0.0.1:*"
@@ -41,11 +41,7 @@ WORDS = "one two three"
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
-    """A controller's folder that allows alice (a client), boss (an admin) and gpu (a worker), and not mallory."""
-    made = Keys(tmp_path)
-    for name, role in (("alice", "client"), ("boss", "admin"), ("gpu", "worker"), ("mallory", None)):
-        made.new(name, role)
-    return made
+    return usual(tmp_path)
 
 
 class Said:

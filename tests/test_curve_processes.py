@@ -14,16 +14,13 @@ import zmq
 
 from zmqserve.errors import Unauthenticated
 
-from .keyrings import Keys
+from .keyrings import Keys, usual
 from .processes import ANY, PATIENCE_S, Served, ServedController, zmqserve
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keys:
-    made = Keys(tmp_path)
-    for name, role in (("alice", "client"), ("boss", "admin"), ("gpu", "worker"), ("mallory", None)):
-        made.new(name, role)
-    return made
+    return usual(tmp_path)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from zmqserve import Client
 from zmqserve import messages as m
 
 from .fakes.raw import RawClient, RawWorker
-from .processes import PATIENCE_S, ServedController, eventually
+from .processes import PATIENCE_S, ServedController, eventually, honest_network
 
 WORDS = " ".join(f"word{number}" for number in range(40))
 
@@ -22,16 +22,9 @@ WORDS = " ".join(f"word{number}" for number in range(40))
 def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedController]:
     """With an honest worker of model ``m`` that has few slots, and small bounds."""
     config = tmp_path_factory.mktemp("hostile") / "controller.toml"
-    config.write_text(
-        "queue_requests = 100\nclient_requests = 20\noutbox_bytes = 1000000\noutbox_total_bytes = 2000000\nrequest_bytes = 100000\n"
-    )
-    with (
-        ServedController("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", "--config", str(config)) as controller,
-        controller.echo("honest", "--delay-per-token", "0.005", "--slots", "4") as honest,
-    ):
-        controller.wait_ready("honest")
+    settings = "queue_requests = 100\nclient_requests = 20\noutbox_bytes = 1000000\noutbox_total_bytes = 2000000\nrequest_bytes = 100000\n"
+    with honest_network(config, settings, "--delay-per-token", "0.005", "--slots", "4") as controller:
         yield controller
-        assert honest.process.poll() is None
 
 
 @contextmanager

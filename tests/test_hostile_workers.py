@@ -12,7 +12,7 @@ from zmqserve import messages as m
 from zmqserve.errors import BackendError, NoWorker, Unauthenticated
 
 from .fakes.raw import RawClient, RawWorker
-from .processes import PATIENCE_S, ServedController, eventually
+from .processes import PATIENCE_S, ServedController, eventually, honest_network
 
 WORDS = " ".join(f"word{number}" for number in range(40))
 
@@ -21,17 +21,12 @@ WORDS = " ".join(f"word{number}" for number in range(40))
 def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedController]:
     """With an honest worker of model ``m``, and small bounds."""
     config = tmp_path_factory.mktemp("hostile") / "controller.toml"
-    config.write_text(
+    settings = (
         "orphan_grace_s = 1\noutbox_bytes = 2000000\noutbox_total_bytes = 4000000\ntotal_requests = 200\n"
         "pipe_messages = 16\nmessage_bytes = 8000000\n"
     )
-    with (
-        ServedController("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", "--config", str(config)) as controller,
-        controller.echo("honest", "--delay-per-token", "0.01", "--slots", "64") as honest,
-    ):
-        controller.wait_ready("honest")
+    with honest_network(config, settings, "--delay-per-token", "0.01", "--slots", "64") as controller:
         yield controller
-        assert honest.process.poll() is None
 
 
 @pytest.fixture

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import msgspec
 
+from .codec import tag_of
 from .errors import GoingAway, Unauthenticated
-from .messages import DONE, FAILED, FIRST, Peek
+from .messages import DONE, FAILED, FIRST, MORE, Chunk, Chunks, Details, Done, Embedding, Error, Peek, Reply, Tokens
 
-CHUNK, CHUNKS = 36, 37
-TAGS = {FIRST: frozenset({CHUNK}), DONE: frozenset({38, 39, 40, 41, 42}), FAILED: frozenset({46})}
-"""Of what each kind may carry: a Chunk; Done, Reply, Embedding, Tokens and Details; an Error."""
-BEGINNINGS = frozenset(bytes([0x90 | size, tag]) for size in range(2, 16) for tag in (CHUNK, CHUNKS))
+CARRIED = {FIRST: (Chunk,), MORE: (Chunk, Chunks), DONE: (Done, Reply, Embedding, Tokens, Details), FAILED: (Error,)}
+TAGS = {
+    kind: frozenset(tag for message in messages if isinstance(tag := message.__struct_config__.tag, int))
+    for kind, messages in CARRIED.items()
+}
+"""Of what each kind may carry."""
+BEGINNINGS = frozenset(bytes([0x90 | size, tag]) for size in range(2, 16) for tag in TAGS[MORE])
 """How a payload of MORE begins in the shortest form of msgpack: an array of so many elements, and the tag."""
-
-
 CONTROLLERS = frozenset({GoingAway.code, Unauthenticated.code})
 """Codes of Errors that are about a client's connection."""
-
-
-class _Tag(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    tag: int
 
 
 class _ErrorView(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -32,19 +30,13 @@ class _ErrorView(msgspec.Struct, array_like=True, frozen=True, gc=False):
     code: int
 
 
-_tag = msgspec.msgpack.Decoder(_Tag).decode
 _peek = msgspec.msgpack.Decoder(Peek).decode
 _error = msgspec.msgpack.Decoder(_ErrorView).decode
 
 
 def is_pieces(payload: bytes) -> bool:
     """Whether MORE may carry it: one Chunk or several, in whatever form of msgpack."""
-    if payload[:2] in BEGINNINGS:
-        return True
-    try:
-        return _tag(payload).tag in (CHUNK, CHUNKS)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
+    return payload[:2] in BEGINNINGS or tag_of(payload) in TAGS[MORE]
 
 
 def is_word_of(kind: int, rid: int, payload: bytes) -> bool:

@@ -41,6 +41,14 @@ def read(using: msgspec.msgpack.Decoder[T], data: bytes) -> T:
         raise _explain(error, using, data) from None
 
 
+def tag_of(data: bytes) -> int | None:
+    """Which client-side message it is by its first element, in whatever form of msgpack; None where there is none."""
+    try:
+        return _tag.decode(data).tag
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _explain(error: Exception, using: msgspec.msgpack.Decoder[Any], data: bytes) -> RequestError:
     """msgspec names array elements by position (``$[2]``); say the message's and the field's name instead."""
     if isinstance(error.__cause__, RequestError):
@@ -48,10 +56,7 @@ def _explain(error: Exception, using: msgspec.msgpack.Decoder[Any], data: bytes)
     text = "nested too deeply" if isinstance(error, RecursionError) else str(error)
     kinds = getattr(using.type, "__args__", (using.type,))
     position = re.search(r" - at (?:`key` in )?`\$\[(\d+)\](.*?)`", text)
-    try:
-        tag: int | None = _tag.decode(data).tag
-    except (msgspec.DecodeError, RecursionError):
-        tag = None
+    tag = tag_of(data)
     kind = kinds[0] if len(kinds) == 1 else next((k for k in kinds if k.__struct_config__.tag == tag), None)
     if kind is None:
         if tag is not None and position is not None and position[1] == "0":
