@@ -25,6 +25,7 @@ from .ports import free_port
 
 IDS = range(100, 30_000)
 """Ids of the prompts: any model has these."""
+KEEP_ALIVE_S = 3600
 SAY = os.fdopen(os.dup(1), "w", buffering=1)
 """What is said to the benchmark: libraries print to standard output."""
 
@@ -211,7 +212,8 @@ def _openai_server(model: str, arguments: dict[str, str], processes: str) -> Ite
     else:
         command += ["vllm.entrypoints.cli.main", "serve", model, "--api-server-count", processes]
     command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log", *options]
-    process = subprocess.Popen(command, stdout=2)
+    # Or it ends idle connections after 5 s, just as a client is about to use one.
+    process = subprocess.Popen(command, stdout=2, env=os.environ | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)})
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:

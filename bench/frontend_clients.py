@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from .frontend_arms import prompts, read
+from .frontend_arms import KEEP_ALIVE_S, prompts, read
 
 Stream = Callable[[list[int], int], AsyncIterator[int]]
 """From a prompt's ids and a number of tokens to how many came each time."""
@@ -45,7 +45,9 @@ async def _http(url: str) -> AsyncIterator[Stream]:
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    # Connections stay open between runs, as the server is told to leave them.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
 
         async def stream(ids: list[int], tokens: int) -> AsyncIterator[int]:
             body: dict[str, Any] = {"model": "m", "prompt": ids, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
