@@ -25,7 +25,7 @@ from zmqserve.jobs import Delta, GenerateJob, Vectors
 from zmqserve.messages import CountTokens, Embed, Generate, ModelCard, Resume, pack_ids, unpack_ids
 from zmqserve.params import SamplingParams
 from zmqserve.resuming import invalid, reread
-from zmqserve.stopping import StopMatcher
+from zmqserve.stopping import StopMatcher, StopStrings
 from zmqserve.worker import BaseModelWorker, WorkerConfig
 
 CONGESTED_WAIT_S = 0.001
@@ -161,7 +161,8 @@ class EchoWorker(BaseModelWorker):
     def _read_steps(self, request: Generate, words: list[str], length: int, reason: str) -> Iterator[Sequence[Delta]]:
         """Each choice's tokens are read one by one, for what may end it early."""
         params = request.params
-        choices = [_Choice(params, words, length, reason) for _ in range(params.n)]
+        stop = StopStrings(params.stop)
+        choices = [_Choice(params, words, length, reason, stop) for _ in range(params.n)]
         prompt = " ".join(words) + " " if params.echo else ""
         late = [prompt] * params.n
         made = 0
@@ -266,13 +267,13 @@ def _plain_steps(words: list[str], length: int, reason: str) -> Iterator[Sequenc
 class _Choice:
     """Reads one choice's tokens, one after another: the text that may leave with each, and why the answer ends with it, if it does."""
 
-    def __init__(self, params: SamplingParams, words: list[str], length: int, reason: str) -> None:
+    def __init__(self, params: SamplingParams, words: list[str], length: int, reason: str, stop: StopStrings) -> None:
         self._words = words
         self._last = length - 1
         self._reason = reason
         self._min_tokens = params.min_tokens
         self._stop_ids = frozenset(params.stop_token_ids)
-        self._matcher = StopMatcher(params.stop)
+        self._matcher = StopMatcher(stop)
 
     def read(self, k: int) -> tuple[str, str | None]:
         word = self._words[k % len(self._words)]

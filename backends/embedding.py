@@ -15,6 +15,7 @@ from zmqserve.messages import CountTokens, Embed, ModelCard
 from zmqserve.params import EmbedParams
 
 from .embedding_loop import EmbeddingLoop, Matrix
+from .text_bound import text_bound
 
 if TYPE_CHECKING:
     from .embedding_model import EmbeddingModel, Row
@@ -42,6 +43,7 @@ class Embedder:
 
     def __init__(self, model: EmbeddingModel, name: str, *, on_death: Callable[[Exception], object]) -> None:
         self._model = model
+        self._bound = text_bound(model.tokenizer, model.context_length)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"{name} tokenizer")
         batches = CPU_BATCH if model.device.type == "cpu" else GPU_BATCH
         self._loop = EmbeddingLoop(f"{name} embeddings", model, model.rows([PROBE]), **batches)
@@ -71,6 +73,9 @@ class Embedder:
         if params.dimensions is not None and params.dimensions > own:
             why = f"dimensions must be at most {own}, the model's own; got {params.dimensions}"
             raise InvalidParameter(why, data={"parameter": "dimensions", "value": params.dimensions, "embedding_dim": own})
+        if params.truncate_tokens is None:
+            for position, text in enumerate(request.texts):
+                self._bound.check(text, f"texts[{position}]", position=position)
         rows: list[Row] = []
         for start in range(0, len(request.texts), PIECE):
             rows += await self._tokenized(request.texts[start : start + PIECE], params.truncate_tokens)
@@ -79,9 +84,10 @@ class Embedder:
         return await self._loop.embed(rows, lambda vectors: self._finished(vectors, params, tokens))
 
     async def count_tokens(self, request: CountTokens) -> int:
-        """Tokens of the prompt, special tokens included."""
+        """Tokens of the prompt, special tokens included. ContextOverflow for one that cannot fit: it would keep others waiting."""
         if request.prompt is None:
             raise Unsupported("an embedding model has no chat template: send a prompt", data={"parameter": "messages"})
+        self._bound.check(request.prompt, "a prompt")
         (row,) = await self._tokenized([request.prompt], None)
         return row.length
 

@@ -97,14 +97,17 @@ class Text:
 GATHER_SHARE = 0.1
 """Of a batch's time, what the next one may wait for as many texts. Who got answers asks again, and not all in one moment."""
 
+GROW_BATCHES = 16
+"""After so many batches that fitted, memory that was full may be free again: one may have twice as many tokens, up to what was set."""
+
 
 class EmbeddingLoop(EngineThread):
     """Batches the texts of all requests: the next text of the request whose turn it is, with those nearest to it in length.
 
     So every request goes on in its turn, however many texts another one has, and little is padding. `batch_tokens`: what a batch
-    may have, padding included; a longer text goes alone. `padding_tokens`: how much of it may be padding. `gather_share`: see
-    GATHER_SHARE; after a pause nobody waits. A batch that fails is tried again in halves, so that only the text that it fails with
-    fails its request. `probe`: rows whose vectors a model that fails with a text is asked for, see EngineThread.
+    may have, padding included, where the memory suffices; a longer text goes alone. `padding_tokens`: how much of it may be padding.
+    `gather_share`: see GATHER_SHARE; after a pause nobody waits. A batch that fails is tried again in halves, so that only the text that
+    it fails with fails its request. `probe`: rows whose vectors a model that fails with a text is asked for, see EngineThread.
     """
 
     def __init__(
@@ -119,7 +122,8 @@ class EmbeddingLoop(EngineThread):
     ) -> None:
         super().__init__(name, lambda: model.vectors(probe))
         self._model = model
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = self._most_tokens = batch_tokens
+        self._good_batches = 0
         self._padding_tokens = padding_tokens
         self._gather_share = gather_share
         self._opened: list[Request] = []
@@ -255,12 +259,20 @@ class EmbeddingLoop(EngineThread):
             self._stepped_s = time.monotonic()
         for text, vector in zip(batch, vectors, strict=True):
             text.request.put(text.position, vector)
+        self._grow()
         return None
+
+    def _grow(self) -> None:
+        self._good_batches += 1
+        if self._good_batches >= GROW_BATCHES and self._batch_tokens < self._most_tokens:
+            self._good_batches = 0
+            self._batch_tokens = min(2 * self._batch_tokens, self._most_tokens)
 
     def _note(self, batch: list[Text], error: Exception) -> None:
         tokens = len(batch) * max(text.row.length for text in batch)
         if out_of_memory(error):
-            self._batch_tokens = max(1, min(self._batch_tokens, tokens) // 2)
+            self._good_batches = 0
+            self._batch_tokens = max(1, min(self._batch_tokens, tokens // 2))
         why = f"{type(error).__name__}: {error}"
         log.warning("batch failed: again in halves", texts=len(batch), tokens=tokens, batch_tokens=self._batch_tokens, why=why)
 

@@ -9,6 +9,7 @@ from zmqserve.jobs import Delta
 from zmqserve.messages import Resume, TokenLogprob, TopLogprob, unpack_ids
 from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
+from zmqserve.stopping import StopStrings
 
 from .checkpoint import Checkpoint
 from .guided import Grammar, Guide
@@ -62,7 +63,8 @@ class Generation:
         self._grammar = grammar
         goes_past_eos = params.ignore_eos and grammar is None
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if goes_past_eos else checkpoint.eos)
-        self._choices = [self._choice(index, echo) for index in range(params.n)]
+        stop = StopStrings(params.stop)
+        self._choices = [self._choice(index, echo, stop) for index in range(params.n)]
         self._engine: SequenceEngine | None = None
         self._emit: Emit | None = None
         self._begun = False
@@ -128,8 +130,8 @@ class Generation:
                 self._engine.cancel(choice.sequence)
             choice.sequence = None
 
-    def _choice(self, index: int, echo: str) -> _Choice:
-        reader = Reader(self._checkpoint, self._prompt, self._params, self._ends, self._max_tokens)
+    def _choice(self, index: int, echo: str, stop: StopStrings) -> _Choice:
+        reader = Reader(self._checkpoint, self._prompt, self._params, self._ends, self._max_tokens, stop)
         sampler = Sampler(self._params, len(self._prompt), self._ends, self._checkpoint.device, index)
         return _Choice(index, reader, sampler, self._guide(), echo)
 

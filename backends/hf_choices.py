@@ -13,8 +13,7 @@ import msgspec
 
 from zmqserve.jobs import Delta, GenerateJob
 from zmqserve.messages import TokenLogprob, TopLogprob
-from zmqserve.params import SamplingParams
-from zmqserve.stopping import StopMatcher
+from zmqserve.stopping import StopMatcher, StopStrings
 
 from .hf_errors import Blame
 
@@ -30,9 +29,8 @@ class _Choice:
 
     __slots__ = ("_matcher", "cut", "index", "logprobs_seen", "reason")
 
-    def __init__(self, index: int, params: SamplingParams) -> None:
-        # Before min_tokens a stop string does not count, and only the server knows when that is: it does it alone.
-        self._matcher = StopMatcher(() if params.min_tokens else params.stop)
+    def __init__(self, index: int, stop: StopStrings) -> None:
+        self._matcher = StopMatcher(stop)
         self.index = index
         self.reason: str | None = None
         self.cut = False
@@ -65,7 +63,9 @@ class _Reader:
         self._blame = blame
         self._context_length = context_length
         self._copies = copies
-        self._choices = [_Choice(index, self._params) for index in range(self._params.n // copies)]
+        # Before min_tokens a stop string does not count, and only the server knows when that is: it does it alone.
+        stop = StopStrings(() if self._params.min_tokens else self._params.stop)
+        self._choices = [_Choice(index, stop) for index in range(self._params.n // copies)]
         self._last: list[Delta] = []
         self._before = self._job.request.prompt or "" if self._params.echo else ""
         self.started = False

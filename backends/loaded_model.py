@@ -21,6 +21,7 @@ from .sampling import Sampler
 from .sequences import SequenceEngine, Token, TokenSequence
 from .single_steps import SingleSteps
 from .step_loop import StepLoop
+from .text_bound import TextBound, text_bound
 
 log = Logger("zmqserve.transformers")
 
@@ -36,12 +37,13 @@ _MOST_APART_ELSE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """`context_length` is in tokens, prompt and answer together; 0: no bound."""
+    """`context_length` is in tokens, prompt and answer together; 0: no bound. `bound`: of texts that are made into tokens."""
 
     name: str
     checkpoint: Checkpoint
     engine: SequenceEngine
     context_length: int
+    bound: TextBound
 
     def card(self, source: str) -> ModelCard:
         """As it is offered."""
@@ -74,7 +76,7 @@ class LoadedModel:
 
     def encode(self, request: Generate | CountTokens) -> list[int]:
         """On the tokenizer's thread: see prompt_ids."""
-        return prompt_ids(request, self.checkpoint.tokenizer, self.checkpoint.encode, self.checkpoint.embeddings)
+        return prompt_ids(request, self.checkpoint.tokenizer, self.checkpoint.encode, self.checkpoint.embeddings, self.bound)
 
 
 def start_model(name: str, checkpoint: Checkpoint, *, slots: int, cache_tokens: int | None = None, engines: int = 1) -> LoadedModel:
@@ -96,12 +98,12 @@ def start_model(name: str, checkpoint: Checkpoint, *, slots: int, cache_tokens: 
             if context < checkpoint.context_length:
                 log.warning("context limited by the cache", model=name, context=context, of=checkpoint.context_length)
             log.info("batching", model=name, cache_tokens=held)
-            return LoadedModel(name, checkpoint, engine, context)
+            return LoadedModel(name, checkpoint, engine, context, text_bound(checkpoint.tokenizer, context))
         engine.close()
     log.warning("no batching: sequences take turns", model=name, why=why)
     turns = StepLoop(f"{name} steps", lambda sequence: SingleSteps(checkpoint, sequence), probe=checkpoint.warm_up)
     turns.start()
-    return LoadedModel(name, checkpoint, turns, checkpoint.context_length)
+    return LoadedModel(name, checkpoint, turns, checkpoint.context_length, text_bound(checkpoint.tokenizer, checkpoint.context_length))
 
 
 def _start_batching(name: str, checkpoint: Checkpoint, slots: int, cache_tokens: int | None, engines: int) -> tuple[SequenceEngine, int]:

@@ -9,32 +9,44 @@ from zmqserve.errors import ContextOverflow, InvalidParameter, Unsupported
 from zmqserve.messages import ChatMessage, CountTokens, Generate, unpack_ids
 
 from .reader import Vocabulary
+from .text_bound import TextBound
 
 
-def prompt_ids(request: Generate | CountTokens, tokenizer: Any, encode: Callable[[str], list[int]], size: int) -> list[int]:
+def prompt_ids(
+    request: Generate | CountTokens, tokenizer: Any, encode: Callable[[str], list[int]], size: int, bound: TextBound
+) -> list[int]:
     """With the special tokens (`encode` adds them to a text) or the chat template that the model expects; its ids end at `size` - 1.
 
-    Raises InvalidParameter for ids that the model does not know, for messages that its template refuses, and where there is nothing.
+    Raises InvalidParameter for ids that the model does not know, for messages that its template refuses, and where there is nothing;
+    ContextOverflow for what is over `bound`, also where tokens are only to be counted: it would keep others waiting as long.
     """
     if isinstance(request, Generate):
         if request.resume is not None and request.resume.prompt_token_ids is not None:
             return known_ids(request.resume.prompt_token_ids, "resume.prompt_token_ids", size)
         if request.token_ids is not None:
             return known_ids(request.token_ids, "token_ids", size)
-    ids = chat_ids(request.messages, tokenizer) if request.messages is not None else encode(request.prompt or "")
+    if request.messages is not None:
+        ids = chat_ids(request.messages, tokenizer, bound)
+    else:
+        bound.check(request.prompt or "", "a prompt")
+        ids = encode(request.prompt or "")
     if not ids:
         raise InvalidParameter("the prompt has no tokens: there is nothing to answer", data={"parameter": "prompt"})
     return ids
 
 
-def chat_ids(messages: Sequence[ChatMessage], tokenizer: Any) -> list[int]:
-    """Ids of a conversation in the tokenizer's own template, up to where the answer begins. InvalidParameter if it refuses them."""
+def chat_ids(messages: Sequence[ChatMessage], tokenizer: Any, bound: TextBound) -> list[int]:
+    """Ids of a conversation in the tokenizer's own template, up to where the answer begins. InvalidParameter if it refuses them,
+    ContextOverflow if its text is over `bound`."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
         raise Unsupported("the model's tokenizer has no chat template: send a prompt", data={"parameter": "messages"})
     turns = [{"role": turn.role, "content": turn.content} for turn in messages]
     try:
+        if bound.least_tokens("".join(turn.content for turn in messages)):
+            # A template may leave much of them out.
+            bound.check(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False), "a conversation")
         return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
     except TemplateError as error:
         raise InvalidParameter(f"the model's chat template refuses the messages: {error}", data={"parameter": "messages"}) from error

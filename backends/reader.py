@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from zmqserve.params import SamplingParams
-from zmqserve.stopping import StopMatcher
+from zmqserve.stopping import StopMatcher, StopStrings
 
 from .detokenize import Detokenizer
 
@@ -23,14 +23,23 @@ class Vocabulary(Protocol):
 
 
 class Reader:
-    """Of an answer to the ids `prompt` of at most `max_tokens` tokens (None: no bound). An id of `ends` ends it and has no text."""
+    """Of an answer to the ids `prompt` of at most `max_tokens` tokens (None: no bound). An id of `ends` ends it and has no text.
+
+    `stop`: those of `params`, which all answers to a request share.
+    """
 
     def __init__(
-        self, vocabulary: Vocabulary, prompt: Sequence[int], params: SamplingParams, ends: Collection[int], max_tokens: int | None
+        self,
+        vocabulary: Vocabulary,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        ends: Collection[int],
+        max_tokens: int | None,
+        stop: StopStrings,
     ) -> None:
         self._ends = ends
         self._text = Detokenizer(vocabulary.decode, prompt, vocabulary.special_ids if params.skip_special_tokens else ())
-        self._stop = StopMatcher(params.stop)
+        self._stop = StopMatcher(stop)
         self._min_tokens = params.min_tokens
         self._max_tokens = max_tokens
         self.count = 0

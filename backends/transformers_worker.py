@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from zmqserve.answers import Job
@@ -132,7 +133,7 @@ class ModelWorker(BaseModelWorker):
             threads=args.threads,
         )
 
-    @property
+    @cached_property
     def model_name(self) -> str:
         """The name that clients use: `config.served_name`, or the last part of the path or id."""
         return self.config.served_name or os.path.basename(os.path.abspath(os.path.expanduser(self.config.model)))

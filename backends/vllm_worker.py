@@ -14,7 +14,7 @@ import os
 from collections.abc import Collection, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import msgspec
@@ -26,6 +26,7 @@ from zmqserve.logs import Logger
 from zmqserve.messages import CountTokens, Embed, ModelCard
 from zmqserve.params import SamplingParams
 from zmqserve.resuming import reread
+from zmqserve.stopping import StopStrings
 from zmqserve.worker import BaseModelWorker, WorkerConfig
 
 from . import vllm_engine
@@ -113,7 +114,7 @@ class VLLMWorker(BaseModelWorker):
     def from_arguments(cls, config: WorkerConfig, args: argparse.Namespace) -> Self:
         return cls(config, engine_args=vllm_engine.split_arguments(args.engine_arg), loras=parse_adapters(args.lora))
 
-    @property
+    @cached_property
     def model_name(self) -> str:
         """The name that clients use: `config.served_name`, or the last part of the path or id."""
         return self.config.served_name or os.path.basename(os.path.abspath(os.path.expanduser(self.config.model)))
@@ -156,7 +157,7 @@ class VLLMWorker(BaseModelWorker):
 
         settings = engine.model_config
         tokenizer = engine.get_tokenizer()
-        vocabulary = ModelVocabulary(tokenizer, settings.get_vocab_size())
+        vocabulary = ModelVocabulary(tokenizer, settings.get_vocab_size(), settings.max_model_len)
         # A chat model's turn may end with another token than its texts do; generation_config lists all.
         ends = settings.try_get_generation_config().get("eos_token_id")
         ends = {ends} if isinstance(ends, int) else set(ends or ())
@@ -301,10 +302,11 @@ def _prepare(loaded: Loaded, job: GenerateJob) -> Asked:
     max_tokens = room(len(prompt), params.max_tokens, loaded.context_length)
     _check_stops(params, vocabulary.size, loaded.ends)
     echo = echo_of(request, prompt, vocabulary) if params.echo else ""
+    stop = StopStrings(params.stop)
     choices = []
     for _ in range(params.n):
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else loaded.ends)}
-        choices.append(Choice(Reader(vocabulary, prompt, params, ends, max_tokens), ends, echo))
+        choices.append(Choice(Reader(vocabulary, prompt, params, ends, max_tokens, stop), ends, echo))
     complete = None
     if resume is not None:
         choices[0].late, complete = reread(resume, choices[0].reader.read, echo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import queue
 import signal
 import subprocess
@@ -11,12 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench.ports import free_port
+from bench.ports import free_ports
 
 ANY = "tcp://127.0.0.1:*"
 PATIENCE_S = 20.0
@@ -91,7 +92,8 @@ class ServedController(Served):
 
     def __init__(self, clients: str = ANY, workers: str = ANY, *arguments: str) -> None:
         # Not chosen by the system: a test that starts it again on the same ports would at times find a retrying peer there.
-        clients, workers = (f"tcp://127.0.0.1:{free_port()}" if end == ANY else end for end in (clients, workers))
+        free = zip((clients, workers), free_ports(2), strict=True)
+        clients, workers = (f"tcp://127.0.0.1:{port}" if end == ANY else end for end, port in free)
         super().__init__("controller", "--clients", clients, "--workers", workers, *arguments)
         try:
             up = self.wait_for("controller up")
@@ -142,6 +144,16 @@ def honest_network(config: Path, settings: str, *arguments: str) -> Iterator[Ser
         assert honest.process.poll() is None
 
 
+def installed(directory: Path, name: str, source: str) -> dict[str, str]:
+    """The environment of processes in which a backend of that name is installed: the class `Worker` of this source."""
+    (directory / f"{name}.py").write_text(source)
+    about = directory / f"{name}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[zmqserve.backends]\n{name} = {name}:Worker\n")
+    return {"PYTHONPATH": os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def eventually(check: Callable[[], bool], within_s: float, what: str) -> float:
     """Ask until it is so; returns the seconds that it took. For states that nobody announces."""
     began = time.monotonic()
@@ -155,6 +167,21 @@ def eventually(check: Callable[[], bool], within_s: float, what: str) -> float:
 def deaths(processes: Iterable[Served]) -> int:
     """How many have ended; a moment after their connections broke, so wait for it with `eventually`."""
     return sum(served.process.poll() is not None for served in processes)
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What Python, run with these arguments, writes where standard output and error are a terminal. It must fit a terminal's buffer."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as screen:
+        try:
+            subprocess.run([sys.executable, *arguments], stdout=theirs, stderr=theirs, timeout=PATIENCE_S, check=False)
+        finally:
+            os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # all has been read, and nobody holds the other end
+            while part := screen.read(4096):
+                shown += part
+    return shown.decode().replace("\r\n", "\n")
 
 
 def zmqserve(*arguments: str, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:

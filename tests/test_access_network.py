@@ -20,6 +20,7 @@ from zmqserve import (
 )
 from zmqserve.backends.echo import EchoWorker
 from zmqserve.errors import InvalidParameter, Refused
+from zmqserve.keyring import Changes, Keyring
 
 from .fakes.raw import RawWorker
 from .keyrings import Keys
@@ -134,9 +135,45 @@ def test_rules_change_under_way_and_broken_ones_do_not(keys: Keys) -> None:
         with client_of(keys, "boss", controller) as boss:
             boss.status()
         assert denied(alice)
-        write(keys, "")
+        write(keys, "[defaults]")
         controller.reload()
-        eventually(lambda: not denied(alice), PATIENCE_S, "an empty file lets go of the rules")
+        eventually(lambda: not denied(alice), PATIENCE_S, "no rules, and said so")
+
+
+def test_rules_that_are_emptied_stay_in_force(keys: Keys) -> None:
+    """As by cp on a full disk, whether somebody asks for a look or not."""
+    told: list[str] = []
+
+    def report(event: str, **fields: Any) -> None:
+        if event == "key not usable":
+            told.append(fields["why"])
+
+    with served(keys, "[keys.alice]\ndeny = ['m:*']", report=report) as controller, client_of(keys, "alice", controller) as alice:
+        assert denied(alice)
+        write(keys, "")
+        eventually(lambda: len(told) > 0, PATIENCE_S, "it is told")
+        controller.reload()
+        write(keys, "[keys.alice]\ndeny = ['m:chat']")
+        eventually(lambda: not denied(alice), PATIENCE_S, "other rules hold without being asked for")
+    assert told == [
+        f"{keys}/access.toml is empty, as if it was cut short: the rules stay in force; a file with the line [defaults] lets go of them"
+    ]
+
+
+def test_a_look_that_is_asked_for_during_a_look_is_had(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bool] = []
+    real_look = Keyring.look
+
+    def look(ring: Keyring, now: float | None = None, *, thorough: bool = False) -> Changes | None:
+        looks.append(thorough)
+        if looks.count(False) == 1:
+            controller.reload()
+        return real_look(ring, now, thorough=thorough)
+
+    monkeypatch.setattr(Keyring, "look", look)
+    with Controller(clients=[ANY], workers=[ANY], curve_dir=str(keys)) as controller:
+        eventually(lambda: False in looks[:-1], PATIENCE_S, "it looks again")
+    assert looks[looks.index(False) + 1]
 
 
 def denied(client: Client) -> bool:

@@ -296,6 +296,36 @@ def test_a_loop_may_end_under_open_streams_and_an_open_client() -> None:
         eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, 5, "no more descriptors than before")
 
 
+def test_a_stream_may_be_closed_after_its_loop() -> None:
+    with Broker() as broker, contextlib.closing(asyncio.new_event_loop()) as loop:
+        client = AsyncClient(broker.endpoint)
+
+        async def begin() -> AsyncStream:
+            return await client.generate("m", "x")
+
+        stream = loop.run_until_complete(begin())
+        rid = broker.expect(m.Generate).rid
+        loop.close()
+        stream.close()
+        assert broker.expect(m.Cancel).rid == rid
+        asyncio.run(client.close())
+
+
+def test_texts_are_taken_when_they_are_given() -> None:
+    async def test() -> None:
+        with Broker() as broker:
+            async with AsyncClient(broker.endpoint) as client:
+                texts = ["a", "b"]
+                vectors = client.embed("m", texts)
+                texts.append("c")
+                waiting = asyncio.ensure_future(vectors)
+                assert (await expect(broker, m.Embed)).texts == ["a", "b"]
+                waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
+
+    run(test)
+
+
 def test_a_forgotten_client_lets_go_while_its_loop_goes_on() -> None:
     async def test() -> None:
         with Broker(echo) as broker:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -25,10 +26,12 @@ from .fakes.asked import AskedJob, answer_of
 from .fakes.controller import FakeController, chunks_of
 from .fakes.engines import without_batching
 from .fakes.tiny_llama import CONTEXT, WORDS, make_model
+from .fakes.traced import peak_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from zmqserve.backends.checkpoint import Checkpoint  # noqa: E402 - it imports torch
 from zmqserve.backends.generation import STAY_TOKENS, Generation  # noqa: E402 - it imports torch
 from zmqserve.backends.loaded_model import LoadedModel  # noqa: E402 - the same
 
@@ -490,6 +493,31 @@ def test_a_job_whose_controller_takes_nothing_waits_outside_the_batch(worker: Mo
         return ids + [await next_id(job) for _ in range(60 - STAY_TOKENS)]
 
     assert asyncio.run(scene()) == expected[0]
+
+
+def test_a_prompt_that_cannot_fit_keeps_nobody_waiting(worker: ModelWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers need seconds for a megabyte, and there is one for all requests."""
+    encoded: list[str] = []
+    monkeypatch.setattr(Checkpoint, "encode", lambda _, text: encoded.append(text))
+    long = "the quick brown fox " * 10_000
+    with pytest.raises(ContextOverflow, match=r"a prompt of 200000 characters has at least \d+ tokens") as caught:
+        asyncio.run(ids_of(worker, AskedJob(m.Generate(1, "tiny", prompt=long))))
+    assert CONTEXT < caught.value.tokens < len(long)
+    with pytest.raises(ContextOverflow):
+        asyncio.run(worker.count_tokens(m.CountTokens(1, "tiny", prompt=long)))
+    with pytest.raises(ContextOverflow, match="a conversation of"):
+        asyncio.run(ids_of(worker, AskedJob(m.Generate(1, "tiny", messages=[m.ChatMessage("user", long)]))))
+    assert not encoded
+
+
+def test_choices_share_their_stop_strings(worker: ModelWorker) -> None:
+    stop = [f"{number}" * 1024 for number in range(8)]
+
+    def answer(n: int) -> None:
+        asyncio.run(ids_of(worker, job_of(PROMPTS[0], n=n, stop=stop, max_tokens=1)))
+
+    one, many = (peak_bytes(partial(answer, n)) for n in (1, 32))
+    assert many < 2 * one
 
 
 class Flickering(AskedJob):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import pytest
 
 from zmqserve import messages as m
@@ -99,11 +102,34 @@ def test_ten_thousand_registrations_of_one_name_cost_little() -> None:
 
 
 @pytest.mark.parametrize("text", ["a\x1b[2Jb", "two\nlines", "\u202eright to left", "nul\0"])
-def test_names_that_would_play_with_a_terminal_are_refused(text: str) -> None:
-    network = Network()
-    for worker in (network.worker(text), network.worker("w", card(text)), network.worker("v", card("m", aliases=[text]))):
-        assert [refused.code for refused in refusals(worker)] == [40001]
+def test_an_offer_that_would_play_with_a_terminal_is_refused(text: str) -> None:
+    offer = m.Ready(m.PROTOCOL, "w", "echo", "ready", [card()], 1, 1.0, 3000)
+    fields: list[dict[str, Any]] = [{"resume": {text: "exact"}}, {"resume": {"n": text}}]
+    for field, value in msgspec.structs.asdict(card()).items():
+        if isinstance(value, str | list):
+            fields.append({field: text if isinstance(value, str) else [text]})
+    offers = [msgspec.structs.replace(offer, models=[card("fine"), card(**each)]) for each in fields]
+    offers += [msgspec.structs.replace(offer, **{field: text}) for field in ("name", "backend", "version")]
+    offers.append(msgspec.structs.replace(offer, controllers=["fine", text]))
+    for each in offers:
+        network = Network()
+        worker = network.worker(register=False)
+        worker.say(m.READY, m.encode(each), epoch=0)
+        assert [(refused.code, repr(text) in refused.why) for refused in refusals(worker)] == [(40001, True)]
         assert not worker.is_registered()
+
+
+def test_a_long_text_that_is_refused_is_not_repeated_whole() -> None:
+    network = Network()
+    worker = network.worker("w", card(source="x" * 100_000 + "\a"))
+    (refused,) = refusals(worker)
+    assert "holds '\\x07', a character that cannot be printed" in refused.why
+    assert len(refused.why) < 300
+
+
+def test_an_offer_in_any_language_is_taken() -> None:
+    network = Network()
+    assert network.worker("w\u00e9", card("\u6a21\u578b", source="/srv/my models/\u6a21\u578b", features=["\u05d0"])).is_registered()
 
 
 def test_what_waits_for_a_worker_that_is_given_up_is_let_go() -> None:

@@ -6,15 +6,17 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import msgpack
 import pytest
+import structlog
 import zmq
 
+from bench.ports import free_port
 from tests.fakes.broker import Broker, chunk, done
 from tests.fakes.pipeline import PATIENCE_MS, Pipeline, checked, decoded, job
 from zmqserve import Bridge, Controller, InvalidParameter, WorkerConfig, errors
@@ -367,6 +369,47 @@ def test_stopping_gives_what_waits_for_a_controller_its_error(context: Context) 
         assert (result["id"], result["error"]["name"], result["error"]["retryable"]) == (1, "ControllerUnreachable", True)
 
 
+def test_stopping_ends_jobs_that_were_told_to_come_again_later(context: Context) -> None:
+    def busy(asked: m.Generate) -> list[Any]:
+        return [m.Error(asked.rid, errors.Overloaded.code, "full", True, 3_600_000)]
+
+    with Broker(busy, endpoint="inproc://clients", context=context), bridged(context, ordered=True) as (pipeline, bridge):
+        pipeline.push(*(job(n) for n in range(20)))
+        eventually(lambda: bridge.counters.get("retries") == 20, PATIENCE_S, "the jobs wait")
+        assert bridge.stop(PATIENCE_S)
+        results = pipeline.pull(20)
+        assert [result["id"] for result in results] == list(range(20))
+        assert {(result["error"]["name"], result["error"]["retryable"]) for result in results} == {("Overloaded", True)}
+        assert bridge.counters == {"jobs": 20, "retries": 20, "errors": 20, "results": 20}
+
+
+def test_a_stop_that_waits_for_the_pipeline_is_cut_short_by_another() -> None:
+    """All that is left to do is libzmq's, in a context of the bridge's own: to hand a result to a sink that is away."""
+    sink = f"tcp://127.0.0.1:{free_port()}"
+    with Broker(lambda asked: [done(asked.rid, 0, last=chunk(asked.rid, 0, "x"))]) as broker, Pipeline() as pipeline:
+        bridge = Bridge(broker.endpoint, pull=pipeline.jobs, push=sink, model="m")
+        bridge.start()
+        pipeline.push(job(1))
+        eventually(lambda: bridge.counters.get("results") == 1, PATIENCE_S, "libzmq has the result")
+        with zmq.Context() as context, context.socket(zmq.PULL) as late, ThreadPoolExecutor(2) as pool:
+            try:
+                patient = pool.submit(bridge.stop)
+                eventually(lambda: repr(bridge).endswith("not bound)"), PATIENCE_S, "it has closed its sockets")
+                assert not patient.done()
+                assert pool.submit(bridge.stop, 0.1).result(PATIENCE_S)
+                assert patient.result(PATIENCE_S)
+                assert bridge.stop()
+            finally:
+                late.bind(sink)
+            # What libzmq has still leaves, and then nothing is left behind.
+            assert late.poll(PATIENCE_MS)
+            assert decoded(late.recv())["text"] == "x"
+            for thread in threading.enumerate():
+                if thread.name == "zmqserve-bridge-end":
+                    thread.join(PATIENCE_S)
+                    assert not thread.is_alive()
+
+
 def test_it_may_be_started_again_and_run_in_the_callers_thread(served: Context) -> None:
     """With new peers each time: a PUSH that is still connected to one that has gone gives it a job."""
     ends = {"pull": "inproc://pulled", "push": "inproc://pushed"}
@@ -529,6 +572,49 @@ def test_told_to_take_nothing_more_it_stops_at_once(context: Context) -> None:
             assert [result["text"] for result in pipeline.pull()] == ["last"]
 
 
+@pytest.fixture
+def on_event() -> Iterator[Callable[[str, Callable[[], object]], None]]:
+    """Does something in the thread that logs an event, before it goes on."""
+
+    def set_up(name: str, do: Callable[[], object]) -> None:
+        def look(_logger: object, _method: str, event: Any) -> Any:
+            if event["event"] == name:
+                do()
+            raise structlog.DropEvent
+
+        structlog.configure(processors=[look])
+
+    yield set_up
+    structlog.reset_defaults()
+
+
+def test_told_to_take_nothing_more_it_leaves_what_has_arrived(
+    served: Context, on_event: Callable[[str, Callable[[], object]], None]
+) -> None:
+    with bridged(served, drain_s=0) as (pipeline, bridge):
+        on_event("bridge stops", lambda: pipeline.push(*(job(n) for n in range(10))))
+        assert bridge.stop()
+        assert pipeline.silent()
+    assert bridge.counters == {"results": 0}
+
+
+def test_told_to_take_nothing_more_while_it_takes_it_stops_there(
+    served: Context, on_event: Callable[[str, Callable[[], object]], None]
+) -> None:
+    with bridged(served, drain_s=0) as (pipeline, bridge):
+
+        def stop() -> None:
+            pipeline.push(*(job(n) for n in range(10)))
+            bridge.stop()  # in its own thread, where it does not wait
+
+        on_event("job failed", stop)
+        pipeline.push(b"garbage")
+        assert pipeline.pull()[0]["error"]["name"] == "MalformedMessage"
+        assert bridge.stop()
+        assert pipeline.silent()
+    assert bridge.counters == {"jobs": 1, "errors": 1, "results": 1}
+
+
 @pytest.mark.parametrize(
     ("settings", "parameter"),
     [
@@ -540,6 +626,11 @@ def test_told_to_take_nothing_more_it_stops_at_once(context: Context) -> None:
         ({"pull": []}, "pull"),
         ({"pull": "tcp://*:5555"}, "endpoint"),
         ({"push": "nonsense"}, "endpoint"),
+        ({"pull": None}, "pull"),
+        ({"pull": b"inproc://a"}, "pull"),
+        ({"push": ["inproc://b", 5]}, "push"),
+        ({"push": 5}, "push"),
+        ({"name": "\ud800"}, "name"),
         ({"ordered": "yes"}, "ordered"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"unheard_of": 1}, "unheard_of"),

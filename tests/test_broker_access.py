@@ -197,6 +197,43 @@ def test_what_is_running_and_counted_is_shown_to_admins_only() -> None:
     worker.task(1).done()
 
 
+def test_nothing_of_models_that_a_key_may_not_use_is_counted_in_what_it_is_told() -> None:
+    network = network_of("[keys.alice]\nallow = ['open:*']")
+    worker = network.worker("w", card("open"), card("secret"), user=GPU, slots=4)
+    alice, bob, root = (network.client(user=user) for user in (ALICE, BOB, ROOT))
+    alice.generate(1, "open")
+    idle = asked(alice, m.Status(2)).status
+    for rid in (3, 4, 5, 6):
+        bob.generate(rid, "secret")
+    worker.task(3).done()
+    worker.load(running=5, waiting=3, step_age_ms=70.0)
+    assert asked(alice, m.Status(7)).status == idle
+    assert models_of(alice, 8) == ["open"]
+    (shown,) = idle.workers
+    assert (shown.slots, shown.running, shown.free) == (4, 1, 3)
+    for told in (asked(bob, m.Status(9)).status, asked(root, m.Status(10)).status):
+        (whole,) = told.workers
+        assert (whole.running, whole.free, whole.others, whole.waiting, whole.step_age_ms, whole.finished) == (4, 0, 4, 3, 70.0, 1)
+    bob.send(m.Cancel(4))
+    worker.say(m.DRAINING)
+    (shown,) = asked(alice, m.Status(11)).status.workers
+    assert (shown.state, shown.running, shown.free) == ("draining", 1, 0)
+
+
+def test_the_load_of_a_model_is_told_to_all_that_may_use_it_and_the_size_of_what_waits_to_admins() -> None:
+    """One that chooses a model must know how many are before it. With a single one that waits a sum would tell the length of its prompt."""
+    network = network_of()
+    network.worker("w", user=GPU, slots=1)
+    bob, root = network.client(user=BOB), network.client(user=ROOT)
+    for rid in (1, 2):
+        bob.generate(rid)
+    alice = network.client(user=ALICE)
+    for client, whole in ((alice, False), (root, True)):
+        for reply in (asked(client, m.ListModels(3)).models, asked(client, m.Status(4)).status.models):
+            (model,) = reply
+            assert (model.running, model.waiting, model.slots, model.waiting_bytes > 0) == (1, 1, 1, whole)
+
+
 def test_models_and_status_may_be_denied() -> None:
     network = network_of("[keys.alice]\ndeny = ['*:models', '*:status']")
     alice = network.client(user=ALICE)
@@ -243,6 +280,8 @@ def test_a_rate_is_of_the_key_on_all_its_connections_and_of_all_that_is_asked() 
         error = asked(one, request)
         assert (error.code, error.retryable, error.retry_after_ms) == (42901, True, 1000)
     assert network.counters["over limit: requests_per_s"] == 4
+    one.send(m.encode(m.Status(9)) + b"what cannot be read counts, too")
+    assert one.error(9).code == 42901
     two.cancel(1)
     one.cancel(1)
     assert worker.task(1).cancelled

@@ -40,6 +40,20 @@ def test_pong_disowns_what_this_controller_does_not_hold_for_this_client() -> No
     network.assert_clean()
 
 
+def test_a_client_that_changes_to_a_shorter_ttl_is_let_go_after_that() -> None:
+    network = Network()
+    client, worker = network.client(), network.worker(ttl_ms=600_000)
+    client.generate(1)
+    client.ping(ttl_ms=500_000)
+    network.advance(1.0)
+    client.ping(ttl_ms=2000)
+    network.check()
+    network.advance(1.9)
+    assert not worker.task(1).cancelled
+    network.advance(0.2)
+    assert worker.task(1).cancelled
+
+
 def test_a_client_that_pinged_and_falls_silent_is_let_go() -> None:
     network = Network()
     client, worker = network.client(), network.worker(slots=1)

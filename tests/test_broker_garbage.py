@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
 from zmqserve import messages as m
+from zmqserve.broker import CONTROL_BYTES
+from zmqserve.config import ControllerConfig
+from zmqserve.errors import InvalidParameter, MalformedMessage, RequestError
 
 from .fakes.network import Network
 
@@ -30,7 +33,11 @@ from .fakes.network import Network
         (m.encode([10, 0, []]), 0),
         (m.encode({"rid": 1}), 0),
         (b"\x93\x02\x07\xa1\xff", 7),
-        (m.encode([2, 7, "m", 0, None, None, 0, None, None]) + b"x", 0),
+        (m.encode([2, 7, "m", 0, None, None, 0, None, None]) + b"x", 7),
+        (b"\xdc\x00\x09\x02\xcd\x01\x00", 256),
+        (b"\xdd\xff\xff\xff\xff\x02\xce\x00\x00\x01\x00" + b"\xc0" * 2**20, 256),
+        (b"\x99\x02\xcf\x00\x00", 0),
+        (b"\x99\x02\xa1m", 0),
     ],
 )
 def test_what_is_no_message_is_answered_with_an_error_that_names_the_rid_if_it_can(payload: bytes, rid: int) -> None:
@@ -40,6 +47,25 @@ def test_what_is_no_message_is_answered_with_an_error_that_names_the_rid_if_it_c
     client.send(payload)
     (error,) = client.got
     assert (type(error), error.rid, error.retryable) == (m.Error, rid, False)
+    network.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "limit"),
+    [
+        (m.encode([2, 7, "m"]) + b"\xc0" * CONTROL_BYTES, MalformedMessage, CONTROL_BYTES),
+        (m.encode([8, 7, "x" * CONTROL_BYTES]), MalformedMessage, CONTROL_BYTES),
+        (m.encode([2, 7, "m"]) + b"\xc0" * ControllerConfig().request_bytes, InvalidParameter, ControllerConfig().request_bytes),
+        (m.encode([8, 7, "x" * ControllerConfig().request_bytes]), InvalidParameter, ControllerConfig().request_bytes),
+    ],
+    ids=["a long request with a bad end", "a long message", "too long a request with a bad end", "too long a message"],
+)
+def test_what_is_long_and_no_request_is_refused_by_its_size(message: bytes, kind: type[RequestError], limit: int) -> None:
+    network = Network()
+    client = network.client()
+    client.send(message)
+    (error,) = client.got
+    assert (error.rid, error.code, error.data["limit"]) == (7, kind.code, limit)
     network.assert_clean()
 
 

@@ -78,6 +78,26 @@ def test_a_worker_whose_key_loses_a_model_is_fenced_and_others_are_not() -> None
     assert "'a'" in refusal(one).why
 
 
+@pytest.mark.parametrize("by", ["rules", "offer", "revoked"])
+def test_clients_learn_no_rules_of_a_worker_that_is_given_up_for_them(by: str) -> None:
+    network = network_of("[keys.gpu]\nmodels = ['open', 'secret-*']")
+    worker = network.worker("w", card("open"), card("secret-1"), user=GPU)
+    alice = network.client(user=ALICE)
+    alice.generate(1, "open")
+    worker.task(1).first()
+    if by == "offer":
+        worker.cards = [card("open"), card("hidden")]
+        worker.ready(worker.epoch)
+    else:
+        rules = parse_rules("[keys.gpu]\nmodels = ['open', 'hidden-*']", "") if by == "rules" else None
+        network.broker.keys_changed(network.now, Ring().without(*([GPU] if by == "revoked" else [])), rules)
+    assert not worker.is_registered()
+    error = alice.error(1)
+    assert (error.code, error.message) == (50007, "worker w was lost (the controller refused it)")
+    why = {"rules": "may not serve model 'secret-1'", "offer": "may not serve model 'hidden'", "revoked": "this key is not one"}
+    assert [why[by] in report["why"] for report in network.reports if report["event"] == "worker gone"] == [True]
+
+
 def test_rules_alone_may_change_and_hold_from_the_next_request() -> None:
     network = network_of()
     worker = network.worker("w", user=GPU)

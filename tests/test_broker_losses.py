@@ -7,6 +7,7 @@ import pytest
 from zmqserve import errors
 from zmqserve import messages as m
 
+from .fakes.hierarchy import Tree
 from .fakes.network import Network, card
 
 
@@ -153,6 +154,47 @@ def test_what_waits_for_a_restart_ends_when_the_new_worker_cannot_do_it() -> Non
     network.assert_clean()
 
 
+def test_each_waits_for_its_own_grace_time() -> None:
+    """What has waited in vain for long takes nothing from what loses its worker later."""
+    network = Network(orphan_grace_s=10.0)
+    client = network.client()
+    embeds, generates = network.worker("embeds", card(verbs=["embed"])), network.worker("generates", card(verbs=["generate"]))
+    client.request(m.Embed(1, "m", texts=["a"]))
+    embeds.say(m.BYE)
+    network.beat_for(9.5, generates)
+    client.generate(2)
+    generates.say(m.BYE)
+    network.check()
+    network.advance(1.0)
+    assert client.error(1).code == errors.NoWorker.code
+    client.generate(3)
+    network.check()
+    network.advance(8.0)
+    again = network.worker("again", card(verbs=["generate"]), slots=2)
+    for rid in (2, 3):
+        again.task(rid).done()
+    network.assert_clean()
+    assert network.broker.registry.pools["m"].orphan_timer is None
+
+
+def test_a_grace_time_that_was_begun_for_one_who_gave_up_is_not_the_next_ones() -> None:
+    network = Network(orphan_grace_s=10.0)
+    client = network.client()
+    embeds, generates = network.worker("embeds", card(verbs=["embed"])), network.worker("generates", card(verbs=["generate"]))
+    client.request(m.Embed(1, "m", texts=["a"]))
+    embeds.say(m.BYE)
+    client.cancel(1)
+    network.beat_for(9.5, generates)
+    client.generate(2)
+    generates.say(m.BYE)
+    network.advance(9.5)
+    assert [message.rid for message in client.got] == [1]
+    network.advance(1.0)
+    assert client.error(2).code == errors.NoWorker.code
+    assert not network.broker.registry.pools
+    network.assert_clean()
+
+
 # --- draining
 
 
@@ -257,6 +299,34 @@ def test_hundreds_of_workers_and_clients_that_die_together_take_nobody_with_them
     network.assert_clean()
 
 
+def test_a_parent_that_is_lost_while_a_request_goes_back_to_it_hides_no_worker_that_is_lost_with_it() -> None:
+    """What it asked for is cancelled at once, which finds one more worker gone, with another's request that had not begun."""
+    tree = Tree()
+    a = tree.node("a")
+    b = tree.node("b", a, outbox_bytes=60)
+    one = b.worker("one", slots=1)
+    tree.run()
+    client, own = a.client(), b.client()
+    client.generate(1)
+    tree.run()
+    two = b.worker("two", slots=2)
+    tree.run()
+    client.generate(2)
+    tree.run()
+    own.generate(3)
+    assert [task.rid for task in two.tasks] == [2, 3]
+    (wire,) = tree.wires()
+    wire.stuck = True
+    two.die()
+    (uplink,) = b.broker.uplinks
+    uplink.link.post(uplink.link.epoch, b"x" * 50, b"")
+    one.task(1).busy()
+    b.check()
+    assert [seen.name for seen in b.broker.registry] == ["one"]
+    one.load(running=0, yours=0)
+    assert [task.rid for task in one.tasks] == [3]
+
+
 def test_a_resume_that_comes_back_from_a_controller_below_waits_for_a_grace_time_only() -> None:
     """Its model has another fingerprint there by now, and nobody else has the one that is needed."""
     network = Network()
@@ -271,3 +341,32 @@ def test_a_resume_that_comes_back_from_a_controller_below_waits_for_a_grace_time
     network.beat_for(network.config.orphan_grace_s + 1.0, below, other)
     assert client.error(1).code == 50005
     network.assert_clean()
+
+
+def test_clients_of_a_worker_that_breaks_the_protocol_learn_nothing_of_each_other() -> None:
+    network = Network()
+    worker = network.worker(slots=2)
+    one, two = network.client(), network.client()
+    one.generate(1)
+    two.generate(7_654_321)
+    worker.task(1).first()
+    task = worker.task(7_654_321)
+    worker.say(m.FIRST, b"\xc0", client=task.client, rid=task.rid)
+    assert one.error(1).message == "worker w was lost (it broke the protocol)"
+    (gone,) = [report for report in network.reports if report["event"] == "worker gone"]
+    assert "7654321" in gone["why"]
+
+
+@pytest.mark.parametrize("why", ["silent for 3", "it left", "connection lost"])
+def test_clients_are_told_how_a_worker_was_lost(why: str) -> None:
+    network = Network()
+    client, worker = network.client(), network.worker()
+    client.generate(1)
+    worker.task(1).first()
+    if why == "it left":
+        worker.say(m.BYE)
+    else:
+        if why == "connection lost":
+            network.gone.add(worker.identity)
+        network.advance(10.0)
+    assert f"worker w was lost ({why}" in client.error(1).message

@@ -11,6 +11,7 @@ from zmqserve import errors
 from zmqserve import messages as m
 from zmqserve.registry import MOST_LIGHT
 
+from .fakes.hierarchy import Tree
 from .fakes.network import Network, card
 
 
@@ -151,6 +152,111 @@ def test_an_alias_names_the_same_model_also_while_its_worker_is_away() -> None:
     again = network.worker("again", card("m", aliases=["nick"]))
     again.task(2).done()
     network.assert_clean()
+
+
+def test_an_alias_that_some_workers_do_not_know_leads_to_those_that_do() -> None:
+    network = Network()
+    client = network.client()
+    knows, other = (
+        network.worker("knows", card(aliases=["nick", "both"]), slots=20),
+        network.worker("other", card(aliases=["both"]), slots=20),
+    )
+    for rid in range(1, 11):
+        client.generate(rid, "nick")
+    assert (len(knows.tasks), len(other.tasks)) == (10, 0)
+    for rid in range(11, 21):
+        client.generate(rid, "both")
+    assert other.tasks
+    network.check()
+    knows.die()
+    network.advance(1.0)
+    assert {task.rid for task in other.tasks} == set(range(11, 21))
+    late = network.worker("late", card(aliases=["nick"]), slots=20)
+    late.task(1).first()
+    assert {task.rid for task in late.tasks} <= set(range(1, 11))
+    network.check()
+
+
+def test_an_alias_that_a_new_worker_does_not_know_is_not_asked_of_that_one() -> None:
+    """Also by those who asked when all knew it: who waits, and who loses a worker."""
+    network = Network()
+    client = network.client()
+    first, second = (network.worker(name, card(aliases=["nick"]), slots=1) for name in ("first", "second"))
+    for rid in (1, 2, 3, 4):
+        client.generate(rid, "nick")
+    client.generate(5)
+    new = network.worker("new", slots=5)
+    network.check()
+    assert [task.rid for task in new.tasks] == [5]
+    second.cards = [card()]
+    second.ready(second.epoch)
+    second.task(second.tasks[0].rid).done()
+    assert not second.tasks
+    (running,) = first.tasks
+    first.say(m.BYE)
+    network.check()
+    again = network.worker("again", card(aliases=["nick"]), slots=5)
+    assert {task.rid for task in again.tasks} == {running.rid, 3, 4}
+    assert [task.rid for task in new.tasks] == [5]
+
+
+def test_an_alias_that_nobody_knows_any_more_is_waited_for_as_a_worker_is() -> None:
+    network = Network(orphan_grace_s=10.0)
+    client, worker = network.client(), network.worker("w", card(aliases=["nick"]))
+    for rid in (1, 2, 3):
+        client.generate(rid, "nick")
+    worker.cards = [card()]
+    worker.ready(worker.epoch)
+    worker.task(1).done()
+    network.check()
+    assert not worker.tasks
+    network.beat_for(9.0, worker)
+    again = network.worker("again", card(aliases=["nick"]))
+    assert [task.rid for task in again.tasks] == [2]
+    again.say(m.BYE)
+    network.beat_for(10.5, worker)
+    assert [client.error(rid).code for rid in (2, 3)] == [errors.NoWorker.code] * 2
+    network.assert_clean()
+
+
+@pytest.mark.parametrize(("state", "verbs", "code"), [("loading", [], 50301), ("ready", ["embed"], 40304)])
+def test_what_nobody_who_knows_the_alias_can_do_now_is_refused(state: str, verbs: list[str], code: int) -> None:
+    network = Network()
+    client = network.client()
+    network.worker("other", slots=5)
+    network.worker("knows", card(aliases=["nick"], verbs=verbs), state=state)
+    client.generate(1, "nick")
+    error = client.error(1)
+    assert (error.code, "'nick'" in error.message, error.data["model"]) == (code, True, "m")
+    assert "generate" not in error.message.partition("it can")[2]
+
+
+def test_an_alias_that_some_workers_of_a_controller_below_do_not_know_leads_to_those_that_do() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    knows, other = b.worker("knows", card(aliases=["nick"]), slots=2), b.worker("other", slots=2)
+    tree.run()
+    client = a.client()
+    for rid in (1, 2, 3):
+        client.generate(rid, "nick")
+        tree.run()
+    assert ([task.rid for task in knows.tasks], other.tasks) == ([1, 2], [])
+    for rid in (1, 2):
+        knows.task(rid).done()
+    tree.run(1.0)
+    assert [task.rid for task in knows.tasks] == [3]
+    knows.task(3).done()
+    tree.assert_clean()
+
+
+def test_an_alias_of_one_model_that_is_anothers_name_leads_to_that() -> None:
+    network = Network()
+    client = network.client()
+    network.worker("one", card("m", aliases=["n"]))
+    network.worker("two", card("m"))
+    third = network.worker("three", card("n"))
+    client.generate(1, "n")
+    assert [task.rid for task in third.tasks] == [1]
 
 
 def test_one_worker_serves_several_models_from_the_same_slots() -> None:

@@ -7,6 +7,7 @@ import pytest
 from zmqserve import errors
 from zmqserve import messages as m
 
+from .fakes.hierarchy import Tree
 from .fakes.network import Network, card
 from .fakes.scripted import ScriptedWorker
 
@@ -124,6 +125,18 @@ def test_a_silent_worker_is_given_up_after_its_own_ttl() -> None:
     assert network.reports[-1] == {"event": "worker gone", "worker": "quick", "why": "silent for 1.0 s", "running": 0}
 
 
+def test_a_worker_that_changes_to_a_shorter_ttl_is_given_up_after_that() -> None:
+    network = Network()
+    worker = network.worker(ttl_ms=600_000)
+    network.advance(10.0)
+    worker.ready(worker.epoch, ttl_ms=3000)
+    network.check()
+    network.advance(2.9)
+    assert worker.is_registered()
+    network.advance(0.2)
+    assert not worker.is_registered()
+
+
 def test_any_traffic_keeps_a_worker_alive() -> None:
     network = Network()
     client, worker = network.client(), network.worker(ttl_ms=1000)
@@ -208,8 +221,10 @@ def test_a_worker_whose_engine_hangs_gets_no_new_work_and_is_given_up_later() ->
     worker.load(running=1, yours=0, step_age_ms=13_000)
     assert not worker.tasks
     worker.load()
-    assert sorted(task.rid for task in worker.tasks) == [1, 2]
+    assert [task.rid for task in worker.tasks] == [1]
     assert worker.task(1).head.attempts == 1
+    worker.task(1).first()
+    assert [task.rid for task in worker.tasks] == [1, 2]
     for rid in (1, 2):
         worker.task(rid).done()
     network.assert_clean()
@@ -236,6 +251,129 @@ def test_a_worker_that_steps_again_is_fed_at_once() -> None:
     worker.load(step_age_ms=5)
     assert [task.rid for task in worker.tasks] == [1, 2]
     network.check()
+
+
+@pytest.mark.parametrize("steps", [True, False], ids=["it was slow to cancel", "its engine hangs"])
+def test_a_hung_engine_is_not_mended_by_what_its_worker_lets_go_of(steps: bool) -> None:
+    network = Network(stall_s=10.0, cancel_timeout_s=5.0)
+    client, worker = network.client(), network.worker(slots=2)
+    for rid in (1, 2, 3):
+        client.generate(rid)
+    client.cancel(1)
+    for second in range(1, 8):
+        network.advance(1.0)
+        client.ping()
+        worker.load(step_age_ms=0.0 if steps else 10_000 + second * 1000)
+    assert worker.seen.state == "stalled"
+    worker.task(1).done("cancelled")
+    assert [task.rid for task in worker.tasks] == ([2, 3] if steps else [2])
+    assert worker.seen.state == ("ready" if steps else "stalled")
+
+
+def test_a_hung_worker_whose_requests_are_all_cancelled_is_given_up_in_time() -> None:
+    """It is tried with one request at a time when it has none left, since it can't tell then whether its engine steps."""
+    network = Network(stall_s=60.0)
+    client, hung, well = network.client(), network.worker("hung", slots=4), network.worker("well", slots=4)
+    given: set[int] = set()
+    for half_second in range(1, 300):
+        client.generate(half_second, deadline_ms=20_000)
+        client.ping()
+        network.advance(0.5)
+        for task in list(well.tasks):
+            task.first()
+            task.done()
+        well.load()
+        if not hung.is_registered():
+            break
+        for task in list(hung.tasks):
+            given.add(task.rid)
+            if task.cancelled:
+                task.done("cancelled")
+        hung.load(step_age_ms=half_second * 500.0)
+    assert not hung.is_registered()
+    assert 118.0 < half_second / 2 < 126.0
+    assert len(given) <= 4 * 60 / 20 + 4 + 60 / 20  # all its slots until it counts as hung, and then one
+
+
+@pytest.mark.parametrize("proof", ["its first chunk", "its answer", "a refusal", "a count"])
+def test_a_worker_that_was_freed_of_what_it_hung_on_has_all_its_slots_when_it_has_made_something(proof: str) -> None:
+    network = Network(stall_s=10.0)
+    client, worker = network.client(), network.worker(slots=3)
+    client.generate(1)
+    worker.load(step_age_ms=10_001)
+    client.cancel(1)
+    worker.task(1).done("cancelled")
+    assert worker.seen.state == "stalled"
+    worker.load()
+    for rid in (2, 3, 4):
+        client.generate(rid)
+    network.check()
+    assert [task.rid for task in worker.tasks] == [2]
+    if proof == "its first chunk":
+        worker.task(2).first()
+    elif proof == "its answer":
+        worker.task(2).done()
+    elif proof == "a refusal":
+        worker.task(2).failed()
+    else:
+        client.request(m.CountTokens(5, "m", prompt="light"))
+        count = worker.task(5)
+        worker.forget(count)
+        worker.say(m.DONE, m.encode(m.Tokens(5, 1, 100)), client=count.client, rid=5, outcome="ok")
+    network.check()
+    expected = {"its first chunk": [2, 3, 4], "its answer": [3, 4], "a refusal": [3], "a count": [2]}
+    assert [task.rid for task in worker.tasks] == expected[proof]
+
+
+def test_a_hung_worker_that_steps_again_shows_it_by_its_heartbeats() -> None:
+    network = Network(stall_s=10.0)
+    client, worker = network.client(), network.worker(slots=3)
+    client.generate(1)
+    worker.load(step_age_ms=10_001)
+    worker.load()
+    assert worker.seen.free == 2
+    worker.task(1).done()
+    worker.load(step_age_ms=10_001)
+    assert worker.seen.state == "ready"  # it has nothing to do
+
+
+def test_a_worker_that_hung_is_tried_also_while_others_use_it() -> None:
+    network = Network(stall_s=10.0)
+    client, worker = network.client(), network.worker(slots=4)
+    worker.load(running=2, yours=0, step_age_ms=30_000)
+    worker.load(running=0, yours=0)
+    worker.load(running=2, yours=0)
+    client.generate(1)
+    client.generate(2)
+    assert [task.rid for task in worker.tasks] == [1]
+    worker.task(1).first()
+    assert [task.rid for task in worker.tasks] == [1, 2]
+    network.check()
+
+
+def test_a_worker_that_hung_is_one_slot_to_the_controllers_above() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    worker = b.worker(slots=3)
+    tree.run()
+    client, (seen,) = a.client(), a.broker.registry
+    worker.load(running=1, yours=0, step_age_ms=70_000)
+    tree.run(0.05)
+    assert seen.slots == 0
+    worker.load(running=0, yours=0)
+    tree.run()
+    assert (seen.slots, seen.others, seen.free) == (1, 0, 1)
+    client.generate(1)
+    client.generate(2)
+    tree.run()
+    assert [task.rid for task in worker.tasks] == [1]
+    worker.task(1).first()
+    tree.run()
+    assert [task.rid for task in worker.tasks] == [1, 2]
+    assert seen.slots == 3
+    for rid in (1, 2):
+        worker.task(rid).done()
+    tree.assert_clean()
 
 
 # --- other controllers' load

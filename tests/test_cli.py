@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.fakes.broker import Broker, chunk, done
 from zmqserve import messages as m
 from zmqserve.cli import main
 
-from .processes import PATIENCE_S, ServedController, zmqserve
+from .processes import PATIENCE_S, ServedController, on_a_terminal, zmqserve
 
 FULL = Path("/dev/full")
 
@@ -86,3 +88,54 @@ def test_a_model_without_a_name_is_a_usage_error(capsys: pytest.CaptureFixture[s
 def test_a_wrong_endpoint_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--controller", "tcp://*:5570"]) == 2
     assert "'tcp://*:5570' is not a usable endpoint" in capsys.readouterr().err
+
+
+HOSTILE = "a\x1b]0;title\x07b\rc\x9b2Jd\x7f"
+ESCAPED = "a\\u001b]0;title\\u0007b\\u000dc\\u009b2Jd\\u007f"
+
+
+def hostile(asked: Any) -> list[object]:
+    """The answers of a controller, or a worker, that would like to write elsewhere on the terminal of who asks."""
+    match asked:
+        case m.Generate(model="fails"):
+            return [m.Error(asked.rid, 50001, f"BackendError: {HOSTILE}")]
+        case m.Generate():
+            last = m.Done(asked.rid, 1, ["stop"], m.Usage(1, 2), m.Timings(HOSTILE), chunk(asked.rid, 1, f"{HOSTILE}\tlast"))
+            return [chunk(asked.rid, 0, f"{HOSTILE}\n"), last]
+        case m.ListModels():
+            card = m.ModelCard(f"m{HOSTILE}", verbs=["generate", f"{HOSTILE}\nx"])
+            return [m.Models(asked.rid, [m.ModelStatus(card, "ready", ["w"])])]
+    worker = m.WorkerStatus(f"w{HOSTILE}", HOSTILE, "ready", ["m"], 1, 0)
+    state = m.ControllerStatus(HOSTILE, HOSTILE, 1, "lottery", 1.0, [HOSTILE], [HOSTILE], [worker], [])
+    return [m.StatusReply(asked.rid, state)]
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["ask", "m", "x", "--raw", "--stats"], [f"{ESCAPED}\n{ESCAPED}\tlast\n", f"worker {ESCAPED}\n"]),
+        (["ask", "fails", "x", "--raw"], [f"zmqserve: BackendError: {ESCAPED}\n"]),
+        (["models"], [f"\nm{ESCAPED}  ready", f"generate,{ESCAPED}\\u000ax\n"]),
+        (["status"], [f"controller {ESCAPED}, ", f"clients on {ESCAPED}; workers on {ESCAPED}\n", f"\nw{ESCAPED}  {ESCAPED}  ready"]),
+        (["status", "--json"], ['"controller": "a\\u001b]0;title\\u0007b\\rc\\u009b2Jd\\u007f"']),
+    ],
+    ids=["an answer", "an error", "models", "status", "JSON"],
+)
+def test_what_peers_say_does_not_move_a_terminals_cursor(command: list[str], told: list[str]) -> None:
+    with Broker(hostile) as broker:
+        shown = on_a_terminal("-m", "zmqserve", *command, "--controller", broker.endpoint)
+    assert [text for text in told if text not in shown] == [], shown
+    assert [sign for sign in shown if not sign.isprintable() and sign not in "\n\t"] == []
+    if "--json" in command:
+        assert json.loads(shown)["controller"] == HOSTILE
+
+
+def test_what_is_no_terminal_gets_answers_as_they_are() -> None:
+    with Broker(hostile) as broker:
+        asked = subprocess.run(
+            [sys.executable, "-m", "zmqserve", "ask", "m", "x", "--raw", "--controller", broker.endpoint],
+            capture_output=True,
+            timeout=PATIENCE_S,
+            check=True,
+        )
+    assert asked.stdout.decode() == f"{HOSTILE}\n{HOSTILE}\tlast\n"

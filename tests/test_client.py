@@ -722,6 +722,52 @@ print("collected")
 """
 
 
+COLLECTED_ANYWHERE = """
+import gc, itertools, threading
+from zmqserve import Client
+from zmqserve.errors import ControllerUnreachable
+
+gc.disable()
+steps = comes_at = 0  # of the client's own thread, where it waits
+
+def step(frame, event, arg):
+    global steps
+    if frame.f_code.co_filename.endswith(("keeper.py", "threading.py")):
+        steps += 1
+        if steps == comes_at:
+            gc.collect()
+    return step
+
+def forgotten(ttl_s):
+    client = Client("tcp://127.0.0.1:1", ttl_s=ttl_s, connect_timeout_s=0.02)
+    client.itself = client
+    try:
+        client.status()
+    except ControllerUnreachable:
+        pass
+
+threading.settrace(step)
+for comes_after in itertools.count(1):
+    before = set(threading.enumerate())
+    comes_at = 0
+    forgotten(0.03)
+    (keeper,) = set(threading.enumerate()) - before
+    comes_at = steps + comes_after
+    keeper.join(2)
+    if keeper.is_alive():
+        assert steps < comes_at, f"the collector hangs in step {comes_after}"
+        break  # it sleeps, and for good
+gc.collect()
+keeper.join()
+print("collected", comes_after > 5)
+"""
+
+
+def test_the_garbage_collector_may_come_in_a_clients_own_thread() -> None:
+    ended = subprocess.run([sys.executable, "-c", COLLECTED_ANYWHERE], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert ended.stdout == "collected True\n"
+
+
 def test_a_client_that_is_left_to_the_garbage_collector_does_not_hang_it() -> None:
     ended = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert ended.stdout == "collected\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.broker import PATIENCE_S, Broker, chunk, done, echo
-from tests.fakes.clients import Driving
+from tests.fakes.clients import KINDS, Asker, Driving
 from zmqserve import AsyncClient, Client, errors
 from zmqserve import messages as m
 
@@ -156,6 +156,22 @@ def test_a_wrong_timeout_is_said_and_nothing_is_drained(start: Start, timeout_s:
     assert client.drain(0) is True
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("timeout_s", [-1, "1", True, float("nan")])
+def test_a_wrong_timeout_is_said_by_one_that_is_closed_too(kind: Callable[..., Asker], timeout_s: Any) -> None:
+    with Broker(echo) as broker, kind(broker.endpoint) as client:
+        client.close()
+        with pytest.raises(errors.InvalidParameter, match="a number of seconds from 0"):
+            wait(client, timeout_s)
+
+
+def wait(client: Asker, timeout_s: Any) -> None:
+    if isinstance(client, Driving):
+        client.raw.drain(timeout_s)
+    else:
+        client.ask("drain", timeout_s)
+
+
 # --- the other clients -------------------------------------------------------------------------
 
 
@@ -188,6 +204,26 @@ def test_tasks_drain() -> None:
 
     with Broker() as broker:
         asyncio.run(main(broker), debug=True)
+
+
+def test_a_later_timeout_of_a_driven_client_counts_if_it_ends_sooner() -> None:
+    with Broker() as broker, Driving(broker.endpoint) as driving:
+        client = driving.raw
+        pending = client.generate("m", "x", stream=False)
+        driving.until(lambda: pending._open.sent)
+        rid = broker.expect(m.Generate).rid
+        assert client.drain() is False
+        for wrong in (-1, "1", float("nan")):
+            with pytest.raises(errors.InvalidParameter, match="a number of seconds from 0"):
+                client.drain(wrong)
+        for timeout_s in (3600, 60, 600, None):
+            assert client.drain(timeout_s) is False
+        assert client.drain(0) is False
+        driving.until(lambda: pending.done)
+        assert client.drain() is True
+        with pytest.raises(errors.ConnectionFailed, match="drain"):
+            pending.result()
+        assert broker.expect(m.Cancel).rid == rid
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from zmqserve.errors import ContextOverflow, InvalidParameter
 from zmqserve.jobs import Delta, GenerateJob
 from zmqserve.messages import ChatMessage, CountTokens, Embed, Generate, pack_ids
 from zmqserve.params import EmbedParams, SamplingParams
-from zmqserve.stopping import StopMatcher
+from zmqserve.stopping import StopMatcher, StopStrings
+
+from .fakes.traced import peak_bytes
 
 
 def echo(prompt: str | None = "a b c", *, worker: EchoWorker | None = None, **params: Any) -> list[Delta]:
@@ -196,3 +199,18 @@ def test_long_stop_strings_cost_one_step_per_character() -> None:
     steps = sum(len(matcher.feed("a")[0]) for _ in range(20_000))
     assert steps == 19_000
     assert len(matcher.flush()) == 1000
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.text("ab", max_size=5)), max_size=30), stops)
+def test_matchers_of_the_same_stop_strings_do_not_disturb_each_other(pieces: list[tuple[int, str]], stop: list[str]) -> None:
+    shared = StopStrings(stop)
+    together, alone = [StopMatcher(shared) for _ in range(3)], [StopMatcher(stop) for _ in range(3)]
+    for index, piece in pieces:
+        assert together[index].feed(piece) == alone[index].feed(piece)
+    assert [matcher.flush() for matcher in together] == [matcher.flush() for matcher in alone]
+
+
+def test_many_choices_share_their_stop_strings() -> None:
+    stop = [f"{number}" * 1024 for number in range(8)]
+    one, many = (peak_bytes(partial(echo, "a b", stop=stop, n=n)) for n in (1, 128))
+    assert many < 2 * one

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zmqserve.backends.embedding_loop import EmbeddingLoop
+from zmqserve.backends.embedding_loop import GROW_BATCHES, EmbeddingLoop
 from zmqserve.errors import BackendError
 from zmqserve.jobs import Vectors
 
@@ -41,7 +41,7 @@ class Gate:
         self.entered = threading.Semaphore(0)
         self.permits = threading.Semaphore(0)
         self._bad = set(bad)
-        self._most = most
+        self.most = most
         self._error = error
 
     def vectors(self, rows: Sequence[Any]) -> Any:
@@ -49,7 +49,7 @@ class Gate:
         self.sizes.append(len(rows) * max(row.length for row in rows))
         self.entered.release()
         assert self.permits.acquire(timeout=PATIENCE_S)
-        if self._bad & {row.number for row in rows} or self.sizes[-1] > self._most:
+        if self._bad & {row.number for row in rows} or self.sizes[-1] > self.most:
             raise self._error(f"cannot compute {self.batches[-1]}")
         return np.array([[row.number] for row in rows], dtype=np.float32)
 
@@ -203,6 +203,39 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved_and_later_ones_stay_
         gate.sizes.clear()
         assert numbers(await loop.embed(rows_of(*[5] * 30), finish)) == list(range(30))
         assert gate.sizes == [25] * 6
+
+    with running(gate) as loop:
+        asyncio.run(scene(loop))
+
+
+def test_batches_are_large_again_some_time_after_the_memory_was_full() -> None:
+    gate = Gate(most=25, error=OutOfMemoryError)
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        gate.open()
+        await loop.embed(rows_of(*[5] * 20), finish)
+        assert gate.sizes[0] == 100
+        gate.most = 10**9
+        gate.sizes.clear()
+        for _ in range(3 * GROW_BATCHES):
+            await loop.embed(rows_of(*[5] * 20), finish)
+        assert gate.sizes[:4] == [25] * 4
+        assert gate.sizes[-1] == 100
+        assert sorted(gate.sizes) == gate.sizes, "it comes back step by step"
+        assert len(gate.sizes) < 5 * GROW_BATCHES
+
+    with running(gate) as loop:
+        asyncio.run(scene(loop))
+
+
+def test_where_the_memory_stays_full_few_batches_try_for_more() -> None:
+    gate = Gate(most=25, error=OutOfMemoryError)
+
+    async def scene(loop: EmbeddingLoop) -> None:
+        gate.open()
+        for _ in range(50):
+            await loop.embed(rows_of(*[5] * 10), finish)
+        assert 0 < sum(size > 25 for size in gate.sizes) <= 1 + len(gate.sizes) // GROW_BATCHES
 
     with running(gate) as loop:
         asyncio.run(scene(loop))

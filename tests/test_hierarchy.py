@@ -93,6 +93,71 @@ def test_a_child_without_a_ready_worker_is_loading() -> None:
     tree.assert_clean()
 
 
+def test_an_offer_of_more_names_than_a_parent_takes_is_cut_and_said_once_a_change() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    b.worker("one", card(aliases=[f"x{number:02}" for number in range(60)], features=[f"f{number}" for number in range(60)]))
+    b.worker("two", card(aliases=[f"y{number:02}" for number in range(60)], features=[f"g{number}" for number in range(60)]))
+    tree.run(1.0)
+    (seen,) = a.broker.registry
+    offered = seen.cards["m"]
+    assert [len(offered.aliases), len(offered.features)] == [m.MAX_LISTED] * 2
+    assert set(offered.aliases) >= {f"x{number:02}" for number in range(60)}, "who came later takes nothing away"
+    assert sorted(offered.verbs) == sorted(card().verbs)
+    b.worker("three")
+    tree.run(1.0)
+    (told,) = b.says("offer is too large")
+    assert (told["level"], told["left_out"], told["parent"]) == ("warning", 40, "tcp://a:1")
+    assert set(told["names"]) < {f"{kind}{number}" for kind in "yg" for number in range(60)}
+
+
+def test_more_models_than_a_parent_takes_of_a_worker_are_left_out_and_aliases_before_them() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    b.worker("one", *(card(f"a{number}", aliases=[f"alias{number}"]) for number in range(400)))
+    tree.run()
+    assert (len(a.broker.registry.pools), a.broker.registry.names) == (400, 800)
+    b.worker("two", *(card(f"b{number}") for number in range(500)))
+    tree.run()
+    assert (len(a.broker.registry.pools), a.broker.registry.names) == (900, 1000)
+    b.worker("three", *(card(f"c{number}") for number in range(500)))
+    tree.run()
+    offered = {f"{kind}{number}" for kind, most in (("a", 400), ("b", 500), ("c", 100)) for number in range(most)}
+    assert set(a.broker.registry.known_models()) == offered
+    assert [told["left_out"] for told in b.says("offer is too large")] == [300, 800]
+    assert not a.says("worker refused")
+
+
+def test_models_that_make_an_offer_too_long_are_left_out() -> None:
+    tree = Tree()
+    a, b = tree.chain(2, ready_bytes=10_000)
+    b.worker("one", card("a", source="x" * 6000))
+    b.worker("two", card("b", source="x" * 6000), card("c"))
+    tree.run()
+    assert a.broker.registry.known_models() == ["a", "c"]
+    assert [told["names"] for told in b.says("offer is too large")] == [["b"]]
+    assert not a.says("worker refused")
+
+
+def test_a_resume_finds_its_worker_below_where_others_have_another_fingerprint() -> None:
+    tree = Tree()
+    a, b, c = tree.chain(3)
+    b.worker("near", card(fingerprint="f0"), slots=4)
+    workers = [c.worker(f"w{number}", card(fingerprint=f"f{number}"), slots=4) for number in (1, 2, 3)]
+    tree.run()
+    client = a.client()
+    for rid in (1, 2, 3):
+        client.generate(rid, fingerprint=f"f{rid}", resume=m.Resume(b"\1\0\0\0", 1, 1))
+    client.generate(4, fingerprint="f4")
+    tree.run()
+    assert [[task.rid for task in worker.tasks] for worker in workers] == [[1], [2], [3]]
+    assert client.error(4).code == errors.WorkerLost.code
+    for rid, worker in enumerate(workers, 1):
+        worker.task(rid).done()
+    tree.run()
+    tree.assert_clean()
+
+
 def test_a_burst_of_changes_is_one_announcement() -> None:
     tree = Tree()
     a, b = tree.chain(2)
@@ -213,18 +278,15 @@ def test_an_error_of_a_worker_passes() -> None:
 
 
 def test_what_no_worker_below_can_do_is_an_error_of_the_child() -> None:
-    """The parent knows the alias from elsewhere; the child has never heard of it."""
     tree = Tree()
-    a, b = tree.chain(2)
+    _, b = tree.chain(2)
     b.worker()
-    full = a.worker("direct", card("m", aliases=["alias"]), slots=1)
     tree.run()
-    client = a.client()
-    full.load(running=1, yours=0)
-    client.generate(1, model="alias")
-    tree.run()
-    error = client.error(1)
-    assert (error.code, error.data["known_models"]) == (errors.UnknownModel.code, ["m"])
+    (uplink,) = b.broker.uplinks
+    head = m.ControllerHead(m.REQUEST, uplink.link.epoch, 1, 5)
+    for request, error in ((m.Generate(5, "k"), errors.UnknownModel), (m.Generate(5, "m", fingerprint="f"), errors.WorkerLost)):
+        assert uplink.offer(uplink.link, head, m.encode(request))
+        assert b.counters[f"errors: {error.__name__}"] == 1
     tree.assert_clean()
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from zmqserve import errors
 from zmqserve import messages as m
+from zmqserve.link import FRESH_SOCKET_S, MOST_REFUSED_S
 from zmqserve.uplink import Uplink
 
 from .fakes.hierarchy import Tree
@@ -51,6 +52,83 @@ def test_a_worker_lost_before_its_first_chunk_is_replaced_below() -> None:
     second.task(1).done()
     tree.run()
     assert [node.ends()[0]["attempts"] for node in (a, b, c)] == [0, 0, 1]
+    tree.assert_clean()
+
+
+@pytest.mark.parametrize("left", [[], ["loading"]])
+def test_where_a_child_has_no_other_worker_for_it_a_request_goes_on_at_a_sibling_with_its_attempt_counted(left: list[str]) -> None:
+    tree = Tree()
+    a = tree.node("a")
+    b, c = tree.node("b", a), tree.node("c", a)
+    d = tree.node("d", b)
+    lost = d.worker("lost")
+    for state in left:
+        d.worker("later", state=state)
+    tree.run()
+    client = a.client()
+    client.generate(1)
+    tree.run()
+    other = c.worker("other")
+    lost.die()
+    tree.run(1.2)
+    assert other.task(1).head.attempts == 1
+    other.task(1).done()
+    tree.run()
+    assert isinstance(client.end(1), m.Done)
+    assert [[end["outcome"] for end in node.ends()] for node in (d, b, a)] == [["worker_lost"], ["worker_lost"], ["stop"]]
+    tree.assert_clean()
+
+
+def test_a_request_that_no_child_can_take_any_more_waits_in_the_parent() -> None:
+    tree = Tree()
+    a, b, c = tree.chain(3)
+    lost = c.worker("lost")
+    tree.run()
+    client = a.client()
+    client.generate(1)
+    tree.run()
+    lost.die()
+    tree.run(1.2)
+    assert [sum(len(pool.waiting) for pool in node.broker.registry.pools.values()) for node in (a, b, c)] == [1, 0, 0]
+    back = c.worker("back")
+    tree.run()
+    assert back.task(1).head.attempts == 1
+    back.task(1).done()
+    tree.assert_clean()
+
+
+def test_a_request_that_lost_its_worker_waits_for_another_one_of_the_same_child() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    lost = b.worker("lost")
+    tree.run()
+    client, own = a.client(), b.client()
+    client.generate(1)
+    tree.run()
+    busy = b.worker("busy")
+    own.generate(2)
+    tree.run()
+    lost.die()
+    tree.run(1.2)
+    assert [task.rid for task in busy.tasks] == [2]
+    busy.task(2).done()
+    assert busy.task(1).head.attempts == 1
+    busy.task(1).done()
+    tree.assert_clean()
+
+
+def test_the_last_worker_that_a_request_may_lose_is_lost_also_where_a_child_claims_otherwise() -> None:
+    tree = Tree()
+    a = tree.node("a", max_attempts=2)
+    b = tree.node("b", a, max_attempts=9)
+    lost = b.worker("lost")
+    tree.run()
+    client = a.client()
+    client.generate(1, attempts=1)
+    tree.run()
+    lost.die()
+    tree.run(1.2)
+    assert (client.error(1).code, client.error(1).data["attempts"]) == (errors.WorkerLost.code, 2)
     tree.assert_clean()
 
 
@@ -304,6 +382,63 @@ def test_what_outlasts_the_grace_of_a_drain_is_moved() -> None:
     assert (error.code, error.data["attempts"]) == (errors.WorkerLost.code, 0)
     worker.task(1).done("cancelled")
     tree.assert_clean()
+
+
+# --- refusals
+
+
+def test_a_child_that_is_refused_for_what_one_worker_offers_is_back_when_that_one_is_gone() -> None:
+    tree = Tree()
+    a = tree.node("a", worker_models=2)
+    b = tree.node("b", a)
+    b.worker("good")
+    b.worker("other", card("k"))
+    tree.run()
+    assert a.broker.registry.known_models() == ["k", "m"]
+    bad = b.worker("bad", card("one too many"))
+    tree.run(20.0)
+    assert not len(a.broker.registry.workers)
+    (told,) = b.says("parent refused")
+    assert "3 names of models, this controller takes 2" in told["why"]
+    bad.say(m.BYE)
+    tree.run(FRESH_SOCKET_S[1] + 0.2)
+    assert [seen.name for seen in a.broker.registry] == ["b"]
+    client = a.client()
+    client.generate(1)
+    tree.run()
+    assert b.workers[b"\0wk00"].tasks
+    b.workers[b"\0wk00"].task(1).done()
+    tree.assert_clean()
+
+
+def test_a_child_that_was_never_taken_waits_for_another_offer() -> None:
+    tree = Tree()
+    a = tree.node("a", worker_models=1)
+    b = tree.node("b")
+    b.worker("one", card("m"))
+    bad = b.worker("two", card("k"))
+    wire = b.join(a)
+    tree.run(200.0)
+    assert (wire.link.state, wire.kinds) == ("refused", [m.READY])
+    bad.say(m.BYE)
+    tree.run(FRESH_SOCKET_S[1] + 0.2)
+    assert [seen.name for seen in a.broker.registry] == ["b"]
+
+
+def test_a_parent_that_took_a_child_before_is_asked_again_after_a_minute() -> None:
+    """What it refused may be allowed by then: keys and rules change."""
+    tree = Tree()
+    a, b = tree.chain(2)
+    b.worker()
+    tree.run()
+    (wire,) = tree.wires()
+    a.broker.members.lose(wire.seen, "refused", a.now)
+    wire.down(wire.identity, m.encode(m.ControllerHead(m.REFUSED, 0)), m.encode(m.Refused(errors.Refused.code, "not its key")))
+    tree.run(MOST_REFUSED_S - 1)
+    assert wire.link.state == "refused"
+    tree.run(1 + FRESH_SOCKET_S[1] + 0.2)
+    assert wire.link.state == "registered"
+    assert [seen.name for seen in a.broker.registry] == ["b"]
 
 
 # --- loops and double paths

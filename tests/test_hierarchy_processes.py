@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from bench.ports import free_port
 from zmqserve import Client, Controller, DeadlineExceeded, WorkerLost
+from zmqserve import messages as m
 from zmqserve.errors import InvalidEndpoint, InvalidParameter
 
+from .fakes.controller import FakeController
 from .processes import Served, ServedController, deaths, eventually
 
 WORDS = "one two three four five six seven"
@@ -216,3 +220,30 @@ def test_a_controller_stops_whether_its_parent_is_there_or_not() -> None:
                 eventually(lambda: bool(client.status().workers), 5, "the child is registered")
         with Client(top.client_endpoints[0]) as client:
             eventually(lambda: not client.status().workers, 1, "the child said BYE")
+
+
+def test_a_child_outlives_a_parent_that_sends_and_does_not_read(tmp_path: Path) -> None:
+    unread = threading.Event()
+    ends = ["tcp://127.0.0.1:*"]
+
+    def report(event: str, **_: object) -> None:
+        if event == "parent does not read":
+            unread.set()
+
+    with (
+        FakeController(f"ipc://{tmp_path}/parent") as parent,
+        Controller(clients=ends, workers=ends, parents=[parent.endpoint], pipe_messages=10, outbox_bytes=10_000, report=report) as child,
+    ):
+        former = parent.expect(m.READY)
+        parent.welcome(former)
+        rid = 0
+        while not unread.is_set():
+            rid += 1
+            assert rid < 1_000_000, "it keeps more than it may"
+            parent.request(m.CountTokens(rid, "nobody's", prompt="x"))
+        again = parent.expect(m.READY, m.FAILED, where=lambda got: got.head.kind == m.READY)
+        assert again.identity != former.identity
+        parent.welcome(again)
+        parent.request(m.CountTokens(rid + 1, "nobody's", prompt="x"))
+        assert parent.expect(m.FAILED, where=lambda got: got.identity == again.identity).head.rid == rid + 1
+        assert child.running

@@ -6,15 +6,21 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from zmqserve.backends.hf_choices import ChatReader
 from zmqserve.backends.hf_registry import HostedModel
 from zmqserve.errors import ContextOverflow, InvalidParameter, Unsupported, UpstreamError
+from zmqserve.jobs import GenerateJob
+from zmqserve.messages import Generate
 from zmqserve.params import Guided, SamplingParams
 
 from .fakes.hosted import HELLO, hosted, serving
+from .fakes.traced import peak_bytes
 from .fakes.upstream import Exchange, FakeUpstream, Handler, chat, piece, token, usage, words
 
 np = pytest.importorskip("numpy")
@@ -100,6 +106,15 @@ def test_several_answers_carry_their_index() -> None:
     assert [choice.text for choice in completion.choices] == ["a end", "bc"]
     assert [choice.finish_reason for choice in completion.choices] == ["stop", "length"]
     assert asked.body["n"] == 2
+
+
+def test_several_answers_share_their_stop_strings() -> None:
+    def reader(n: int) -> ChatReader:
+        params = SamplingParams(n=n, stop=[f"{number}" * 1024 for number in range(8)])
+        return ChatReader(GenerateJob(Generate(1, "m", prompt="a", params=params)), MagicMock(), 0)
+
+    one, many = (peak_bytes(partial(reader, n)) for n in (1, 128))
+    assert many < 2 * one
 
 
 def test_greedy_answers_of_vllm_are_asked_for_once_and_are_equal() -> None:

@@ -18,7 +18,7 @@ from zmqserve import certificate, keyring
 from zmqserve.certificate import Pair, Unreadable, fingerprint, read_pair, read_public, write_pair
 from zmqserve.cli import main
 from zmqserve.errors import InvalidParameter
-from zmqserve.keyring import FOLDERS, Changes, Keyring, Peer
+from zmqserve.keyring import FOLDERS, RULES_WAIT_S, Changes, Keyring, Peer
 
 LONG_AGO_NS = 10**18
 
@@ -246,7 +246,8 @@ def test_what_changes_is_taken_over_and_told(folder: Path) -> None:
     assert ring.look() == Changes(frozenset({Peer(alice, "alice", "client"), Peer(gpu, "gpu", "worker")}), False, ())
     assert (set(ring.clients), set(ring.workers)) == ({bob}, set())
     (folder / "access.toml").write_text("[defaults.client]\n")
-    assert ring.look() == Changes(frozenset(), True, ())
+    assert ring.look(1000.0) is None
+    assert ring.look(1000.0 + RULES_WAIT_S) == Changes(frozenset(), True, ())
     assert ring.rules == "[defaults.client]\n"
     assert ring.look() is None
 
@@ -402,8 +403,51 @@ def test_one_key_has_one_name_and_one_role_and_the_first_keeps_them(folder: Path
     assert (changes.revoked, len(changes.problems)) == (frozenset(), 1)
     assert ring.clients == {key: Peer(key, "alice", "client")}
     (folder / "clients" / "alice.key").unlink()
-    ring.look()
+    changes = ring.look()
+    assert changes is not None
+    assert (changes.revoked, ring.clients, ring.workers) == (frozenset({Peer(key, "alice", "client")}), {}, {})
+    refused = folder / FOLDERS[role] / f"{name}.key"
+    said = f"{folder}/clients/alice.key is gone, and {refused} holds its key, which stays out: remove that, too, or write it anew"
+    assert changes.problems == (said,)
+    assert ring.look() is None  # told once
+    refused.unlink()
+    put(folder, role, name, key)
+    assert ring.look() is not None
     assert [peer for peer, _ in ring] == [Peer(key, name, role)]
+
+
+def test_a_refused_file_lets_its_key_in_only_when_it_is_written_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when something else about it changes, as with a hard link when the other is removed, or when it cannot be used for a while."""
+    monkeypatch.setattr(keyring, "ASKED_AT_ONCE", 0)  # as with very many files, most of which are not asked for in a look
+    key, first, second = put(folder, "client", "carol"), folder / "clients" / "carol.key", folder / "admins" / "carol-admin.key"
+    ring = Keyring(folder)
+    os.link(first, second)
+    ring.look()
+    first.unlink()
+    changes = ring.look()
+    assert changes is not None
+    assert changes.revoked == {Peer(key, "carol", "client")}
+    for bits in (0o664, 0o600):
+        second.chmod(bits)
+        ring.look()
+        assert ring.clients == {}
+    put(folder, "client", "somebody")
+    ring.look()
+    assert key not in ring.clients
+    settle(second)
+    ring.look()
+    assert ring.clients[key] == Peer(key, "carol-admin", "admin")
+
+
+def test_a_key_may_move_though_a_refused_file_holds_it_too(folder: Path) -> None:
+    key = put(folder, "worker", "carol")
+    ring = Keyring(folder)
+    put(folder, "client", "copy", key)
+    ring.look()
+    (folder / "workers" / "carol.key").rename(folder / "workers" / "caroline.key")
+    problem = f"{folder}/workers/caroline.key and {folder}/clients/copy.key hold one key: remove one of them"
+    assert ring.look() == Changes(frozenset(), False, (problem,))
+    assert [peer for peer, _ in ring] == [Peer(key, "caroline", "worker")]
 
 
 def test_one_name_is_of_one_key(folder: Path) -> None:
@@ -420,7 +464,10 @@ def test_rules_that_are_gone_or_cannot_be_read_stay_in_force(folder: Path) -> No
     rules = folder / "access.toml"
     rules.write_text("a = 1\n")
     ring = Keyring(folder)
-    spoils: list[tuple[Callable[[], None], str]] = [(lambda: rules.chmod(0o666), "chmod go-w"), (rules.unlink, "its rules stay in force")]
+    spoils: list[tuple[Callable[[], None], str]] = [
+        (lambda: rules.chmod(0o666), "chmod go-w"),
+        (rules.unlink, "is gone: the rules stay in force"),
+    ]
     for spoil, said in spoils:
         spoil()
         changes = ring.look()
@@ -428,9 +475,72 @@ def test_rules_that_are_gone_or_cannot_be_read_stay_in_force(folder: Path) -> No
         assert (changes.rules, ring.rules) == (False, "a = 1\n")
         assert said in changes.problems[0]
         assert ring.look() is None
-    rules.write_text("")
-    assert ring.look() == Changes(frozenset(), True, ())
-    assert ring.rules == ""
+    rules.write_text("[defaults]")
+    assert ring.look(thorough=True) == Changes(frozenset(), True, ())
+    assert ring.rules == "[defaults]"
+
+
+@pytest.mark.parametrize("settled_ns", [keyring.SETTLED_NS, -(10**18)])
+def test_rules_count_when_they_have_stayed_the_same_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch, settled_ns: int) -> None:
+    """What is written in place is seen cut short, and a part of rules that parses may allow everything."""
+    monkeypatch.setattr(keyring, "SETTLED_NS", settled_ns)
+    rules = folder / "access.toml"
+    rules.write_text("old = 1\n")
+    ring = Keyring(folder)
+    looks = [("[de", 0.0), ("[defaults]\n", 0.9), ("[defaults]\nnew = 1\n", 1.8), ("[defaults]\nnew = 1\n", 2.7)]
+    for text, now in looks:
+        rules.write_text(text)
+        assert ring.look(1000.0 + now) is None
+        assert ring.rules == "old = 1\n"
+    if settled_ns > 0:
+        with monkeypatch.context() as broken:
+            broken.setattr(keyring, "read_text", broken_off)
+            assert ring.look(1003.0) is None
+        assert ring.look(1003.1) is None
+    assert ring.look(1004.1) == Changes(frozenset(), True, ())
+    assert ring.rules == "[defaults]\nnew = 1\n"
+    rules.write_text("newer = 1\n")
+    assert ring.look(1005.0) is None
+    rules.write_text("[defaults]\nnew = 1\n")  # and back
+    assert ring.look(1006.0) is None
+    assert ring.look(1007.0) is None
+
+
+def broken_off(path: Path, _opened: object) -> tuple[str, os.stat_result]:
+    raise Unreadable(f"cannot read {path}: Too many open files", passes=True)
+
+
+def test_a_look_that_was_asked_for_takes_rules_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = folder / "access.toml"
+    rules.write_text("old = 1\n")
+    ring = Keyring(folder)
+    rules.write_text("[defaults]\n")
+    assert ring.look(1000.0) is None
+    rules.write_text("[defaults]\nnew = 1\n")
+    monkeypatch.setattr(keyring, "read_text", broken_off)
+    assert ring.look(1001.0, thorough=True) is None  # it can only know what was there before
+    monkeypatch.undo()
+    assert ring.look(1002.0, thorough=True) == Changes(frozenset(), True, ())
+    assert ring.rules == "[defaults]\nnew = 1\n"
+
+
+@pytest.mark.parametrize("left", ["", " \n\t\n", "# Rules of the house\n\n  # by request\n"])
+@pytest.mark.parametrize("thorough", [False, True])
+def test_rules_that_are_emptied_stay_in_force(folder: Path, left: str, thorough: bool) -> None:
+    rules = folder / "access.toml"
+    rules.write_text(left)
+    assert Keyring(folder).rules == left  # at the start it is what it is
+    rules.write_text("a = 1\n")
+    ring = Keyring(folder)
+    rules.write_text(left)
+    changes = ring.look(1000.0, thorough=thorough)
+    let_go = "the rules stay in force; a file with the line [defaults] lets go of them"
+    assert changes == Changes(frozenset(), False, (f"{rules} is empty, as if it was cut short: {let_go}",))
+    for now in (1001.0, 1002.0, 1003.0):
+        assert ring.look(now, thorough=thorough) is None  # told once
+        assert ring.rules == "a = 1\n"
+    rules.write_text("[defaults]\n")
+    assert ring.look(thorough=True) == Changes(frozenset(), True, ())
 
 
 def test_a_folder_that_is_gone_allows_nobody(folder: Path) -> None:
@@ -479,6 +589,12 @@ def test_a_process_without_descriptors_turns_nobody_out(folder: Path, monkeypatc
     bob = put(folder, "client", "bob")
     ring.look()
     assert set(ring.clients) == {key, bob}
+    monkeypatch.setattr(os, "open", none_left)
+    (folder / "clients" / "bob.key").unlink()
+    changes = ring.look()
+    assert changes is not None
+    assert changes.revoked == {Peer(bob, "bob", "client")}  # or who takes them would never be revoked
+    assert set(ring.clients) == {key}
 
 
 def test_no_ports_no_keyring(tmp_path: Path) -> None:
@@ -576,11 +692,56 @@ def test_what_allow_refuses(folder: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_revoke_works_in_a_folder_with_faults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder, "client", "alice")
-    (folder / "clients" / "broken.key").write_text("")
+    (folder / "clients" / "broken.key").write_bytes(b"\xff")
+    (folder / "workers" / "folder.key").mkdir()
+    os.mkfifo(folder / "workers" / "pipe.key")
     assert run(capsys, "revoke", folder, "alice")[0] == 0
     assert run(capsys, "revoke", folder, "broken")[0] == 0
     code, _, said = run(capsys, "revoke", folder, "alice")
     assert (code, "allows no key of the name alice" in said) == (2, True)
+
+
+def test_a_key_that_is_revoked_is_out_under_all_its_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key, other = put(folder, "client", "carol"), put(folder, "client", "dave")
+    put(folder, "admin", "carol-admin", key)
+    put(folder, "worker", "writable", key)
+    (folder / "workers" / "writable.key").chmod(0o666)  # which is kept out, but for as long as it is
+    (folder / "workers" / "noted.key").write_text(f'# not public-key = "{key}"\n  public-key = "{public_key()}"\n')
+    (folder / "workers" / "lost.key").symlink_to("nowhere")
+    for name in (".carol.key", "carol.key_secret", "carol.key~"):  # never a key that is let in
+        (folder / "clients" / name).write_text((folder / "clients" / "carol.key").read_text())
+    capsys.readouterr()
+    code, said, _ = run(capsys, "revoke", folder, "carol")
+    also = [folder / "admins" / "carol-admin.key", folder / "workers" / "writable.key"]
+    assert (code, said.splitlines()) == (0, ["client carol is revoked", *(f"{path} held the same key: removed, too" for path in also)])
+    left = {path.name for path in folder.glob("*s/*")}
+    assert left == {".carol.key", "carol.key_secret", "carol.key~", "dave.key", "lost.key", "noted.key"}
+    assert other == read_public(folder / "clients" / "dave.key")
+
+
+def test_revoke_says_what_may_hold_the_key_still(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    key = put(folder, "client", "carol")
+    put(folder, "admin", "stays", key)
+    put(folder, "worker", "goes", key)
+    put(folder, "worker", "other")
+    real_read, real_unlink = Path.read_bytes, Path.unlink
+
+    def read(path: Path) -> bytes:
+        if path.name == "other.key":
+            raise PermissionError(13, "Permission denied")
+        return real_read(path)
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "stays.key":
+            raise PermissionError(1, "Operation not permitted")
+        real_unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    code, _, said = run(capsys, "revoke", folder, "carol")
+    kept = f"cannot read {folder}/workers/other.key: Permission denied; cannot remove {folder}/admins/stays.key: Operation not permitted"
+    assert (code, f"the key of carol may still be allowed: {kept}" in said) == (2, True), said
+    assert sorted(path.name for path in folder.glob("*s/*")) == ["other.key", "stays.key"]
 
 
 def test_a_pair_tells_nobody_its_secret() -> None:

@@ -129,6 +129,11 @@ def test_a_process_without_descriptors_turns_out_nobody_behind_a_link(keys: Keys
     monkeypatch.undo()
     ring.look()
     assert [peer.name for peer, _ in ring] == ["alice"]
+    monkeypatch.setattr(os, "open", none_left)
+    (keys.own / "alice.key").unlink()
+    changes = ring.look()
+    assert changes is not None
+    assert {peer.name for peer in changes.revoked} == {"alice"}
 
 
 # --- links of another user -----------------------------------------------------------------------

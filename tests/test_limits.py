@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from zmqserve import messages as m
+from zmqserve.broker import CONTROL_BYTES
 from zmqserve.config import ControllerConfig
 from zmqserve.errors import BY_CODE
 from zmqserve.memory import SHARE
@@ -228,6 +229,7 @@ WAYS: dict[str, Callable[[str], Network]] = {
     **dict.fromkeys(("worker_models", "worker_slots", "ready_bytes"), large_offer),
     "readies_per_s": often,
     "outbox_bytes": slow_reader,
+    "broker.CONTROL_BYTES": said(m.encode(m.ListModels(1)) + b"\0" * CONTROL_BYTES),
     "messages.MAX_NAME": said(m.encode(m.Generate(1, LONG, prompt="hi"))),
     "messages.MAX_PINGED": said(m.encode((10, 3000, [1] * (m.MAX_PINGED + 1)))),
     "none": said(b"\x91" * 100_000),
@@ -237,7 +239,7 @@ WAYS: dict[str, Callable[[str], Network]] = {
     "cancel_timeout_s": stubborn,
     "stall_s": hung,
 }
-AT_THE_RIM = {"outbox_total_bytes", "handshakes_per_s", "relay.MAX_ENVELOPE", "relay.MAX_ROUTING_ID"}
+AT_THE_RIM = {"outbox_total_bytes", "handshakes_per_s", "relay.MAX_ENVELOPE", "relay.MAX_ROUTING_ID", "relay.MOST_FRAMES"}
 """Over these one goes with sockets: tests/test_outboxes.py, test_relay.py and test_curve.py do."""
 COUNTED = [row for row in ROWS if row[4] and code(row[1]) not in AT_THE_RIM]
 

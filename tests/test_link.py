@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from itertools import pairwise
 from random import Random
 
@@ -17,7 +18,7 @@ heads = m.decoder(m.WorkerHead)
 class Host:
     """Records what the link asks for; `busy` refuses requests.
 
-    `connected` is whether the pipe takes messages, `connects` whether a fresh one does.
+    `connected` is whether the pipe takes messages, `connects` whether a fresh one does; `exhausted`: there is no fresh one.
     """
 
     def __init__(self, endpoint: str = "tcp://c:1") -> None:
@@ -25,6 +26,7 @@ class Host:
         self.busy = False
         self.connected = True
         self.connects = False
+        self.exhausted = False
         self.sent: list[m.WorkerHead] = []
         self.payloads: list[bytes] = []
         self.events: list[object] = []
@@ -56,6 +58,9 @@ class Host:
         self.events.append(("drain", grace_s))
 
     def fresh_socket(self, link: ControllerLink) -> None:
+        if self.exhausted:
+            self.events.append("no socket")
+            raise OSError(errno.EMFILE, "too many")
         self.events.append("fresh socket")
         self.connected |= self.connects
 
@@ -273,6 +278,29 @@ def test_refused_for_good_says_nothing_more(host: Host) -> None:
     assert host.link.state == "refused"
 
 
+def test_after_a_refusal_for_good_it_registers_on_a_fresh_connection_when_it_is_told_to(registered: Host) -> None:
+    registered.hear(m.REFUSED, epoch=0, payload=m.encode(m.Refused(40103, "no")))
+    registered.link.disconnected(registered.now)
+    registered.run(100)
+    registered.take()
+    registered.link.ask_again(registered.now)
+    registered.run(FRESH_SOCKET_S[0] - 0.1)
+    assert (registered.take(), registered.link.state) == ([], "registering")
+    registered.run(FRESH_SOCKET_S[1] - FRESH_SOCKET_S[0] + 0.1)
+    assert "fresh socket" in registered.events
+    assert not any("silent" in str(event) for event in registered.events)
+    assert registered.sent[0] == m.WorkerHead(m.READY, 0)
+    registered.welcome(epoch=9)
+    assert (registered.link.state, registered.link.refusal) == ("registered", None)
+
+
+def test_a_link_that_was_not_refused_asks_nothing_again(registered: Host) -> None:
+    registered.link.ask_again(registered.now)
+    registered.run(5, beats=True)
+    assert (registered.link.state, registered.link.epoch) == ("registered", 7)
+    assert "fresh socket" not in registered.events
+
+
 def test_a_controller_of_another_protocol_is_refused_by_the_worker(host: Host) -> None:
     host.run(0)
     host.hear(m.WELCOME, 7, m.encode(m.WorkerWelcome(2, "c", 3000)))
@@ -307,6 +335,60 @@ def test_silence_for_two_ttls_asks_for_fresh_sockets_at_least_every_4_s(register
     assert len(set(gaps)) > 20
     registered.welcome(epoch=9)
     assert registered.link.state == "registered"
+
+
+def test_a_silent_controller_is_kept_while_there_is_no_fresh_socket_and_may_come_back_on_the_old_one(registered: Host) -> None:
+    registered.exhausted = True
+    registered.run(30)
+    assert 6 <= registered.events.count("no socket") <= 13
+    assert registered.link.epoch == 7
+    assert "abort" not in registered.events
+    registered.hear(m.BEAT)
+    assert (registered.link.state, registered.link.silent) == ("registered", False)
+    registered.run(8)
+    registered.exhausted = False
+    registered.run(FRESH_SOCKET_S[1])
+    fresh = registered.events.index("fresh socket")
+    assert registered.events[fresh:][:3] == ["fresh socket", "abort", "registering silent"]
+
+
+def test_a_controller_that_takes_too_little_is_given_up_at_once_and_its_connection_in_the_next_tick(registered: Host) -> None:
+    registered.link.give_up(registered.now)
+    assert registered.events == ["abort", "registering"], "whoever reads the connection now may go on with it"
+    registered.hear(m.REQUEST, client=1, rid=1)
+    assert registered.events == ["abort", "registering"]
+    registered.run(0)
+    assert registered.events == ["abort", "registering", "fresh socket", "abort"]
+    assert registered.sent == [m.WorkerHead(m.READY, 0)]
+    registered.run(0.5)
+    assert registered.events.count("fresh socket") == 1
+
+
+def test_a_controller_that_is_given_up_gets_no_word_on_its_old_connection(registered: Host) -> None:
+    registered.link.give_up(registered.now)
+    registered.link.writable(registered.now)
+    registered.run(0)
+    assert registered.sent == [m.WorkerHead(m.READY, 0)]
+
+
+def test_a_connection_that_was_given_up_is_used_on_where_there_is_no_other(registered: Host) -> None:
+    registered.exhausted = True
+    registered.link.give_up(registered.now)
+    registered.run(2 * SETTLE_S)
+    assert registered.events == ["abort", "registering", "no socket"]
+    assert registered.sent == [m.WorkerHead(m.READY, 0)]
+    registered.welcome(epoch=8)
+    registered.run(5, beats=True)
+    assert registered.link.state == "registered"
+
+
+def test_a_link_that_drains_lets_go_of_a_controller_that_takes_too_little(registered: Host) -> None:
+    registered.link.drain()
+    registered.take()
+    registered.link.give_up(registered.now)
+    registered.run(100)
+    assert registered.events.count("fresh socket") == 1
+    assert registered.take() == []
 
 
 def test_an_absent_controller_needs_no_fresh_socket_and_is_greeted_when_it_is_back(registered: Host) -> None:
@@ -385,7 +467,7 @@ def test_an_inproc_pipe_that_broke_is_replaced_after_two_missed_beats_and_then_l
     host.take()
     host.connects = True
     host.run(0.2)
-    assert host.events == ["abort", "registering", "fresh socket"]
+    assert host.events == ["fresh socket", "abort", "registering"]
     assert host.take() == [m.READY]
     host.run(60)
     assert "fresh socket" not in host.events, "it is connected when somebody binds"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from random import Random
+from typing import Any
 
 import pytest
 import zmq
@@ -30,6 +32,7 @@ class Host:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.aborted = 0
+        self.renew: Callable[[], None]
 
     def ready(self) -> m.Ready:
         return m.Ready(m.PROTOCOL, "w", "echo", "ready", [], 4, 1.0, 3000)
@@ -43,8 +46,10 @@ class Host:
 
     def cancel(self, link: ControllerLink, client: int, rid: int) -> None: ...
     def drain(self, grace_s: float | None) -> None: ...
-    def fresh_socket(self, link: ControllerLink) -> None: ...
     def changed(self, link: ControllerLink) -> None: ...
+
+    def fresh_socket(self, link: ControllerLink) -> None:
+        self.renew()
 
     def abort(self, link: ControllerLink) -> None:
         self.aborted += 1
@@ -53,13 +58,24 @@ class Host:
 class Owner:
     """Runs a port as its thread would, until something is so."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, *, most_sockets: int = 1023, ttl_s: float = 3.0) -> None:
         self.host = Host()
         self.breaks = 0
+        self.told: list[tuple[str, dict[str, Any]]] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context.set(zmq.MAX_SOCKETS, most_sockets)
         self.port = LinkPort(
-            self.context, endpoint, SocketLimits(), self.host, credentials=NONE, ttl_s=3.0, random=Random(1), now=time.monotonic()
+            self.context,
+            endpoint,
+            SocketLimits(),
+            self.host,
+            credentials=NONE,
+            ttl_s=ttl_s,
+            random=Random(1),
+            now=time.monotonic(),
+            report=lambda event, **fields: self.told.append((event, fields)),
         )
+        self.host.renew = self.port.fresh_socket
 
     @property
     def link(self) -> ControllerLink:
@@ -78,6 +94,25 @@ class Owner:
         self.until(lambda: bool(controller.socket.poll(0)))
         controller.register()
         self.until(lambda: self.link.state == "registered")
+
+
+def welcomes(controller: FakeController) -> bool:
+    """Whether a READY was among what it has heard; it is answered."""
+    while controller.socket.poll(0):
+        got = controller.receive()
+        if got.head.kind == m.READY:
+            controller.welcome(got)
+            return True
+    return False
+
+
+def renews(port: LinkPort) -> bool:
+    """Whether there is a fresh connection now."""
+    try:
+        port.fresh_socket()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -134,6 +169,56 @@ def test_a_fresh_socket_is_another_connection_and_watched_as_well(controller: Fa
     assert owner.link.state == "registering"
 
 
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_where_no_socket_is_to_be_had_the_old_one_is_kept_until_there_is(controller: FakeController, room: int) -> None:
+    """Its own takes three of the context: one for messages, and two of its monitor."""
+    owner = Owner(controller.endpoint, most_sockets=8)
+    owner.register(controller)
+    former = controller.worker
+    others = []
+    with suppress(zmq.ZMQError):
+        while True:
+            others.append(owner.context.socket(zmq.PAIR))
+    for _ in range(room):
+        others.pop().close()
+    for _ in range(20):
+        with pytest.raises(OSError, match="Too many open files"):
+            owner.port.fresh_socket()
+    ((event, told),) = owner.told
+    assert (event, told["level"], told["endpoint"]) == ("no fresh connection", "warning", controller.endpoint)
+    controller.send(m.ControllerHead(m.REQUEST, controller.epoch, 1, 1))
+    owner.until(lambda: owner.host.asked == [1])
+    controller.unbind()
+    owner.until(lambda: owner.breaks == 1)
+    controller.epoch = 0
+    controller.bind(controller.endpoint)
+    owner.register(controller)
+    for socket in others:
+        socket.close()
+    owner.until(lambda: renews(owner.port))  # a context has the room of a socket that was closed a moment later
+    owner.link.disconnected(time.monotonic())
+    controller.epoch = 0
+    owner.until(lambda: welcomes(controller))
+    owner.until(lambda: owner.link.state == "registered")
+    assert controller.worker != former
+    assert len(owner.told) == 1
+    owner.port.close(0)
+    owner.context.term()
+
+
+def test_a_silent_controller_is_served_on_when_the_process_can_have_no_more_sockets(controller: FakeController) -> None:
+    owner = Owner(controller.endpoint, most_sockets=3, ttl_s=0.2)
+    owner.until(lambda: bool(controller.socket.poll(0)))
+    controller.register(ttl_ms=200)
+    owner.until(lambda: owner.link.state == "registered")
+    owner.until(lambda: bool(owner.told))
+    controller.send(m.ControllerHead(m.REQUEST, controller.epoch, 1, 1))
+    owner.until(lambda: owner.host.asked == [1])
+    assert (owner.link.state, owner.host.aborted) == ("registered", 1)
+    owner.port.close(0)
+    owner.context.term()
+
+
 def test_closing_says_goodbye(controller: FakeController) -> None:
     owner = Owner(controller.endpoint)
     owner.register(controller)
@@ -157,5 +242,5 @@ def test_it_can_be_closed_when_its_context_has_been_terminated(controller: FakeC
 def test_an_endpoint_that_cannot_be_reached_by_name_is_told() -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with pytest.raises(InvalidEndpoint):
-        LinkPort(context, "tcp://127.0.0.1", SocketLimits(), Host(), credentials=NONE, ttl_s=3.0, random=Random(1), now=0.0)
+        LinkPort(context, "tcp://127.0.0.1", SocketLimits(), Host(), credentials=NONE, ttl_s=3.0, random=Random(1), now=0.0, report=print)
     context.term()

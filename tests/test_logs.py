@@ -18,7 +18,7 @@ from zmqserve import Client, Controller, WorkerConfig, logs
 from zmqserve.backends.echo import EchoWorker
 from zmqserve.flight import Flight
 
-from .processes import PATIENCE_S, ServedController
+from .processes import PATIENCE_S, ServedController, on_a_terminal
 
 
 @pytest.fixture
@@ -127,3 +127,27 @@ def test_what_peers_choose_does_not_move_a_terminals_cursor() -> None:
     assert b"plain" in shown
     assert b"\\x1b[2J" in shown
     assert b"\x1b[2J" not in shown
+
+
+FAILS = """
+from zmqserve import logs
+def answer(prompt, trace):
+    raise ValueError(f"no answer for {trace}")
+CONFIGURED
+try:
+    answer("the pass" + "word", "\\x1b]0;title\\x07\\x9b2J")
+except ValueError as error:
+    logs.Logger("z").error("request failed", trace="\\x9b2J", exc_info=error)
+"""
+
+
+@pytest.mark.parametrize("configured", ["logs.configure()", "logs.configure(as_json=True)", ""])
+def test_a_traceback_shows_no_locals_and_does_not_move_a_terminals_cursor(configured: str) -> None:
+    """Among the locals of a backend are prompts. structlog's own way to show a traceback shows them wherever rich is installed."""
+    pytest.importorskip("rich")
+    shown = on_a_terminal("-c", FAILS.replace("CONFIGURED", configured))
+    assert "Traceback (most recent call last)" in shown
+    assert "ValueError: no answer for" in shown
+    assert "\\u001b]0;title\\u0007\\u009b2J" in shown.replace("\\\\", "\\")
+    assert "the password" not in shown
+    assert not any(sign in shown for sign in ("\x1b]", "\x07", "\x9b"))

@@ -182,13 +182,44 @@ def test_wrong_options_are_said_before_anything_is_taken(start: Start, options: 
     assert (taken, broker.nothing_arrived()) == ([], True)
 
 
-@pytest.mark.parametrize("prompts", ["a text", b"bytes", {"role": "user", "content": "x"}, 5, None])
+@pytest.mark.parametrize("prompts", ["a text", b"bytes", bytearray(b"b"), memoryview(b"b"), {"role": "user", "content": "x"}, 5, None])
 def test_what_is_not_many_prompts_is_refused(start: Start, prompts: Any) -> None:
     """A text is many characters, too: thousands of requests would leave."""
     broker, bulk = start(word)
     with pytest.raises(errors.InvalidParameter) as caught:
         bulk.client.map("m", prompts)
     assert (caught.value.parameter, broker.nothing_arrived()) == ("prompts", True)
+
+
+def test_prompts_that_are_awaited_are_not_for_who_blocks() -> None:
+    async def prompts() -> AsyncIterator[str]:
+        yield "a"
+
+    with Client("tcp://127.0.0.1:1") as client, pytest.raises(errors.InvalidParameter, match=r"AsyncClient\.map") as caught:
+        client.map("m", prompts())  # type: ignore[arg-type]
+    assert caught.value.parameter == "prompts"
+
+
+def test_texts_of_numpy_are_prompts(start: Start) -> None:
+    np = pytest.importorskip("numpy")
+    _, bulk = start(word)
+    assert [result.text for result in bulk.map("m", np.array(["a", "b"]))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_what_progress_raises_is_the_callers_even_if_it_looks_like_an_answers_error(start: Start, ordered: bool) -> None:
+    _, bulk = start(word)
+    told: list[int] = []
+
+    def progress(ended: int, total: int | None) -> None:
+        told.append(ended)
+        if len(told) == 1:
+            raise errors.Overloaded("the caller's own")
+
+    results: list[MapResult] = []
+    with pytest.raises(errors.Overloaded, match="the caller's own"):
+        results.extend(bulk.map("m", ["a", "b"], ordered=ordered, progress=progress))
+    assert (results, told) == ([], [1])
 
 
 @pytest.mark.parametrize("where", ["source", "progress", "consumer"])

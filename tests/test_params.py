@@ -33,7 +33,12 @@ RANGES: list[tuple[Kind, str, list[Any], list[Any]]] = [
     (SamplingParams, "echo", [True, False], [1, "yes", None]),
     (SamplingParams, "ignore_eos", [True, False], [0, None]),
     (SamplingParams, "skip_special_tokens", [True, False], [1, None]),
-    (SamplingParams, "stop", [[], ["a"], ["é" * 1024], ["x"] * 64], [[""], ["y" * 1025], ["x"] * 65, "x", [1], None]),
+    (
+        SamplingParams,
+        "stop",
+        [[], ["a"], ["é" * 1024], ["x"] * 64, ["x" * 1024] * 8, ["x" * 128] * 64],
+        [[""], ["y" * 1025], ["x"] * 65, [*["x" * 1024] * 8, "y"], "x", [1], None],
+    ),
     (SamplingParams, "stop_token_ids", [[], [0, 2**32 - 1], [1] * 1024], [[-1], [2**32], [1] * 1025, [1.5], [True], None]),
     (EmbedParams, "dimensions", [None, 1, 1_000_000], [0, 1_000_001, 1.5]),
     (EmbedParams, "normalize", [None, True, False], [1, "yes"]),

@@ -15,6 +15,8 @@ from zmqserve.relay import MAX_ENVELOPE
 
 from .fakes.rig import PATIENCE_MS, Rig, piece
 
+TURNS = 50
+"""In which anything is read, on a slow machine too: a turn is bounded by time."""
 THIRD = m.Chunk(1, 0, 0, "third", b"")
 
 
@@ -241,6 +243,39 @@ def test_envelopes_come_back_as_they_came_and_too_long_ones_are_dropped(rig: Rig
     rids = [m.read(m.decoder(m.ToClient), message[-1]).rid for message in (first, second)]
     assert rids == [5, 7]
     assert rig.broker.counters["dropped: envelope too large"] == 2
+
+
+def test_a_message_of_very_many_frames_is_dropped_piece_by_piece(rig: Rig) -> None:
+    """While it is read on, the other socket has its turns, and what comes behind it is read as if it had not been there."""
+    hostile, client, worker = rig.connect("clients"), rig.connect("clients"), rig.worker("w")
+    number = rig.flight(client, worker)
+    hostile.send(*[b""] * 20_000)
+    hostile.send(m.encode(m.Status(7)))
+    worker.more(number, piece(b"a stream goes on"))
+    rig.relay.from_clients(rig.now, 1)
+    begun = rig.clients.skipping
+    rig.relay.from_workers(rig.now, 100)
+    assert client.got() == [[piece(b"a stream goes on")]]
+    for _ in range(TURNS):
+        rig.pump()
+    assert (begun, rig.clients.skipping) == (True, False)
+    assert m.read(m.decoder(m.ToClient), hostile.recv()[-1]).rid == 7
+    assert rig.broker.counters["dropped: envelope too large"] == 1
+
+
+def test_a_worker_that_sends_very_many_frames_is_fenced_and_the_others_go_on(rig: Rig) -> None:
+    client, worker = rig.connect("clients"), rig.worker("w")
+    number = rig.flight(client, worker)
+    hostile = rig.worker("hostile")
+    hostile.send(m.encode(m.WorkerHead(m.LOAD, hostile.epoch)), *[b""] * 20_000)
+    for _ in range(TURNS):
+        rig.pump()
+    worker.more(number, piece(b"behind it"))
+    rig.pump()
+    assert client.got() == [[piece(b"behind it")]]
+    assert not rig.workers.skipping
+    assert "hostile" not in rig.broker.registry.by_name
+    assert "w" in rig.broker.registry.by_name
 
 
 def test_two_clients_behind_one_connection_have_flights_of_their_own(rig: Rig) -> None:

@@ -133,6 +133,44 @@ def test_after_a_long_silence_the_controller_is_greeted_on_the_same_connection()
     assert call.sent
 
 
+def test_an_old_connection_that_leads_nowhere_is_made_anew_before_the_controller_counts_as_absent() -> None:
+    world = World().welcomed()
+    world.pass_s(60)
+    first = world.open()
+    world.pass_s(0.5)
+    second = world.open()
+    world.pass_s(0.3)
+    assert world.wire.connected == ["tcp://a:1"] * 2
+    assert [type(message) for message in world.wire.taken()] == [m.Hello] * 2
+    world.welcome()
+    assert first.sent
+    assert second.sent
+
+
+@pytest.mark.parametrize("endpoints", [("tcp://a:1",), ("tcp://a:1", "tcp://b:2")])
+def test_after_a_long_silence_each_endpoint_is_dialed_once_and_then_named(endpoints: tuple[str, ...]) -> None:
+    world = World(*endpoints).welcomed()
+    world.pass_s(60)
+    call = world.open()
+    world.pass_s(0.75 * (1 + len(endpoints)) - 0.01)
+    assert sorted(world.wire.connected[1:]) == sorted(endpoints)
+    assert ended(call) is None
+    world.pass_s(0.02)
+    assert isinstance(call.end, ControllerUnreachable)
+    assert len(world.wire.connected) == 1 + len(endpoints)
+    assert world.session.next_s() is None
+
+
+def test_after_a_long_silence_the_next_controller_takes_what_an_old_connection_does_not() -> None:
+    world = World("tcp://a:1", "tcp://b:2").welcomed()
+    world.pass_s(60)
+    call = world.open()
+    world.pass_s(0.8)
+    assert world.wire.connected == ["tcp://a:1", "tcp://b:2"]
+    world.welcome()
+    assert call.sent
+
+
 def test_a_connection_found_broken_is_made_anew() -> None:
     world = World().welcomed()
     world.pass_s(1)

@@ -6,6 +6,8 @@ import os
 import select
 import socket as plain
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +42,24 @@ def sockets() -> Iterator[Sockets]:
     for socket in made.made:
         socket.close(linger=0)
     made.context.term()
+
+
+FIRST_PEER = """
+import zmq
+from zmqserve.sockets import SocketLimits, router
+context = zmq.Context()
+socket, peer = router(context, SocketLimits()), context.socket(zmq.DEALER)
+peer.connect(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
+peer.send(b"")
+print(socket.recv().hex())
+"""
+
+
+def test_routing_ids_are_others_in_each_process() -> None:
+    """Who could foretell them could take one before its owner, which ends libzmq's process."""
+    first, second = (subprocess.run([sys.executable, "-c", FIRST_PEER], capture_output=True, text=True, check=True) for _ in range(2))
+    assert first.stdout.startswith("00")
+    assert first.stdout != second.stdout
 
 
 @pytest.mark.parametrize(

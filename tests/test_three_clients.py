@@ -9,12 +9,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from enum import StrEnum
+from time import monotonic
 from typing import Any
 
 import pytest
 import zmq
 
-from tests.fakes.broker import TIMINGS, USAGE, Broker, chunk, done, echo
+from tests.fakes.broker import PATIENCE_S, TIMINGS, USAGE, Broker, chunk, done, echo
 from tests.fakes.clients import KINDS, Asker, OnLoop
 from tests.processes import eventually
 from zmqserve import errors
@@ -39,6 +41,19 @@ def start(kind: Callable[..., Asker]) -> Iterator[Start]:
             return made, stack.enter_context(kind(made.endpoint, **options))
 
         yield make
+
+
+class Text(str):
+    """As those of numpy and of template engines are."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "what it shows"
+
+
+class Name(StrEnum):
+    MODEL = "m"
 
 
 def read(stream: Any) -> list[Any]:
@@ -118,10 +133,18 @@ def test_the_verbs_that_answer_in_one_piece(start: Start) -> None:
         ("generate", ("m", "x"), {"temperature": -1}, "temperature"),
         ("generate", ("m", "a\ud800"), {}, "prompt"),
         ("generate", ("m", "x"), {"stream": "no"}, "stream"),
+        ("generate", ("m", bytearray(b"abcd")), {}, "prompt"),
+        ("generate", ("m", memoryview(b"abcd")), {}, "prompt"),
+        ("generate", ("m", "x"), {"affinity": "\ud800"}, "affinity"),
+        ("generate", ("m", "x"), {"stop": [Text("x")]}, "params"),
         ("generate", ("m", "x"), {"params": {"max_tokens": 1}}, "params"),
         ("generate", ("m", "x"), {"params": EmbedParams(), "max_tokens": 1}, "params"),
         ("chat", ("m", [{"role": "user"}]), {}, "messages[0]"),
+        ("chat", ("m", b"x"), {}, "messages"),
         ("embed", ("m", "x"), {}, "texts"),
+        ("embed", ("m", None), {}, "texts"),
+        ("embed", ("m", bytearray(b"x")), {}, "texts"),
+        ("count_tokens", ("m", bytearray(b"abcd")), {}, "prompt"),
         ("count_tokens", ("m", [1, 2]), {}, "prompt"),
         ("drain_worker", ("",), {}, "worker"),
         ("drain_worker", ("w",), {"timeout_s": 0}, "timeout_s"),
@@ -135,6 +158,49 @@ def test_what_cannot_be_right_is_never_sent(start: Start, verb: str, args: Any, 
         client.ask(verb, *args, **options)
     assert caught.value.parameter == parameter
     assert broker.nothing_arrived()
+
+
+@pytest.mark.parametrize("parameter", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("shape", [(0,), (2,), (2, 2)])
+def test_an_array_that_is_no_list_is_named(start: Start, parameter: str, shape: tuple[int, ...]) -> None:
+    np = pytest.importorskip("numpy")
+    _, client = start()
+    with pytest.raises(errors.InvalidParameter) as caught:
+        client.ask("generate", "m", "x", stream=False, **{parameter: np.zeros(shape, np.int64)})
+    assert caught.value.parameter == parameter
+
+
+def test_what_is_derived_from_a_text_is_a_text(kind: Callable[..., Asker]) -> None:
+    numpys = pytest.importorskip("numpy").str_
+
+    def script(asked: Any) -> list[Any]:
+        return [m.Tokens(asked.rid, 7, 2048)] if isinstance(asked, m.CountTokens) else echo(asked)
+
+    with Broker(script) as broker, kind(broker.endpoint, name=Text("n")) as client:
+        for prompt in (Text("a"), numpys("a")):
+            client.ask("generate", Text("m"), prompt, stream=False, affinity=Text("k"), trace=numpys("t"))
+            asked = broker.expect(m.Generate)
+            assert (asked.model, asked.prompt, asked.affinity, asked.trace) == ("m", "a", "k", "t")
+        for turn in ({"role": Text("user"), "content": Text("a")}, m.ChatMessage(numpys("user"), numpys("a"))):
+            client.ask("chat", Name.MODEL, [turn], stream=False)
+            asked = broker.expect(m.Generate)
+            assert (asked.model, asked.messages) == ("m", [m.ChatMessage("user", "a")])
+        assert client.ask("count_tokens", numpys("m"), Text("a")) == 7
+        assert broker.expect(m.CountTokens).prompt == "a"
+
+
+def test_vectors_are_those_of_the_texts_that_were_sent(start: Start) -> None:
+    """Whatever the caller's list is by then."""
+    pytest.importorskip("numpy")
+    texts = ["a", "b"]
+
+    def script(asked: Any) -> list[Any]:
+        texts.append("later")
+        return [m.Embedding(asked.rid, "float32", (2, 3), bytes(24), USAGE, TIMINGS)]
+
+    broker, client = start(script)
+    assert client.ask("embed", "m", texts).shape == (2, 3)
+    assert broker.expect(m.Embed).texts == ["a", "b"]
 
 
 def test_a_wrong_option_of_a_client_is_named(kind: Callable[..., Asker]) -> None:
@@ -156,7 +222,7 @@ def test_what_is_no_endpoint_is_said(kind: Callable[..., Asker], endpoints: Any)
     assert caught.value.parameter == "endpoints"
 
 
-@pytest.mark.parametrize("name", [5, "x" * 257])
+@pytest.mark.parametrize("name", [5, "x" * 257, "\ud800"])
 def test_a_name_that_no_controller_takes_is_said_before_the_first_request(kind: Callable[..., Asker], name: Any) -> None:
     with pytest.raises(errors.InvalidParameter) as caught:
         kind("tcp://127.0.0.1:1", name=name)
@@ -259,6 +325,16 @@ def test_an_answer_goes_on_at_the_next_controller(start: Start, kind: Callable[.
         threading.Thread(target=lambda: other.send(done(other.expect(m.Generate).rid, 1, last=chunk(rid, 1)))).start()
         assert [piece.seq for piece in read(stream)] == [1]
         assert (stream.raw.completion.text, stream.raw.resumed) == ("t0 t1 ", 1)
+
+
+def test_an_idle_client_whose_connection_leads_nowhere_any_more_makes_another(start: Start) -> None:
+    """As after a proxy has lost what was behind it: nothing tells either end."""
+    broker, client = start(echo, broker={"limits": m.Limits(ttl_ms=50)})
+    assert client.ask("generate", "m", "x", stream=False).text == "t0 t1 t2 "
+    heard_s = monotonic()
+    broker.deaf_to.add(broker.last_peer)
+    eventually(lambda: monotonic() - heard_s > 0.1, PATIENCE_S, "the controller was heard too long ago")
+    assert client.ask("generate", "m", "x", stream=False).text == "t0 t1 t2 "
 
 
 def test_nobody_there_is_said_within_a_second(kind: Callable[..., Asker]) -> None:

@@ -492,6 +492,16 @@ def test_the_served_name_is_the_last_part_of_the_model(model: str, name: str) ->
     assert ModelWorker(WorkerConfig(model=model, served_name="mine")).model_name == "mine"
 
 
+def test_it_can_say_its_name_when_its_working_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    worker = ModelWorker(WorkerConfig(model="models/m"))
+    before = worker.registration("loading", 0)
+    gone.rmdir()
+    assert worker.registration("loading", 0) == before
+
+
 def test_the_command_line_has_all_options() -> None:
     parser = argparse.ArgumentParser()
     ModelWorker.add_arguments(parser.add_argument_group())

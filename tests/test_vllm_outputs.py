@@ -15,6 +15,7 @@ from zmqserve.backends.vllm_outputs import MOST_PILED_LOGPROBS, PIECE_TOKENS, Ch
 from zmqserve.backends.vllm_params import token_logprobs
 from zmqserve.errors import BackendError, SlowConsumer
 from zmqserve.params import SamplingParams
+from zmqserve.stopping import StopStrings
 
 from .fakes.vllm_engine import KeptJob, ScriptedEngine, output
 
@@ -35,7 +36,9 @@ def ids_of(text: str) -> list[int]:
 
 
 def choices_of(params: SamplingParams, max_tokens: int = 1000) -> list[Choice]:
-    return [Choice(Reader(CodePoints(), [1], params, ends := set(params.stop_token_ids), max_tokens), ends) for _ in range(params.n)]
+    stop = StopStrings(params.stop)
+    all_ends = [set(params.stop_token_ids) for _ in range(params.n)]
+    return [Choice(Reader(CodePoints(), [1], params, ends, max_tokens, stop), ends) for ends in all_ends]
 
 
 def run(scene: Callable[[ScriptedEngine, EngineOutputs], Awaitable[None]]) -> None:

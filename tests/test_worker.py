@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, MutableSequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ import zmq
 from structlog.testing import LogCapture
 from structlog.typing import EventDict
 
-from zmqserve import linkport
+from zmqserve import linkport, linkthread
 from zmqserve import messages as m
 from zmqserve.errors import (
     InvalidParameter,
@@ -28,10 +30,14 @@ from zmqserve.errors import (
 )
 from zmqserve.jobs import Delta, GenerateJob
 from zmqserve.sockets import SNDMORE
-from zmqserve.worker import WorkerConfig
+from zmqserve.worker import BaseModelWorker, WorkerConfig
 
 from .fakes.controller import FakeController, chunks_of, text_of
+from .fakes.gated import Gated
 from .fakes.workers import WAIT_S, ScriptWorker, config, endless, generate, serving
+
+LONG_ANSWER = 2**24
+"""Characters: more than kernels hold of a connection."""
 
 
 @pytest.fixture
@@ -70,6 +76,26 @@ def test_beats_while_it_loads_and_is_ready_after(controller: FakeController) -> 
         gate.set()
         worker.stop()
     assert worker.closed.is_set()
+
+
+def test_the_directory_that_its_model_lies_in_may_go(controller: FakeController, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    gate = threading.Event()
+    worker = ScriptWorker(config(controller, model="./m"), endless, load=gate.wait)
+    worker.start()
+    try:
+        controller.welcome(controller.expect(m.READY))
+        shutil.rmtree(tmp_path / "here")
+        controller.send(m.ControllerHead(m.REREGISTER, 5))
+        again = controller.expect(m.READY)
+        assert [card.name for card in again.message.models] == ["m"]
+        controller.welcome(again)
+        gate.set()
+        assert [card.name for card in controller.register().models] == ["m"]
+    finally:
+        gate.set()
+        worker.stop()
 
 
 def test_a_load_that_fails_ends_the_worker_with_its_error(controller: FakeController) -> None:
@@ -281,6 +307,59 @@ def test_a_controller_may_drain_it_and_the_rest_is_aborted_after_the_grace(contr
     assert worker.failure is None
 
 
+@contextmanager
+def leaving(controller: FakeController, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[BaseModelWorker, Gated]]:
+    """A worker that was drained and has answered: it ends as soon as the answer has left, and its link takes nothing."""
+    monkeypatch.setattr(linkthread, "LINGER_MS", 0)
+    answered, closed = threading.Event(), threading.Event()
+    close = linkport.LinkPort.close
+
+    async def answer(job: GenerateJob) -> AsyncIterator[Delta]:
+        yield Delta("x" * LONG_ANSWER)
+        answered.set()
+
+    def closes(port: linkport.LinkPort, linger_ms: int) -> None:
+        close(port, linger_ms)
+        closed.set()
+
+    monkeypatch.setattr(linkport.LinkPort, "close", closes)
+    with Gated(controller.endpoint) as link:
+        worker = ScriptWorker(config(controller, controllers=(link.endpoint,), grace_s=600.0), answer)
+        worker.start()
+        try:
+            controller.register(ttl_ms=600_000)
+            link.shut()
+            controller.request(generate(1))
+            assert answered.wait(WAIT_S)
+            worker.drain()
+            assert closed.wait(WAIT_S)
+            yield worker, link
+        finally:
+            worker.stop()
+
+
+def test_what_is_finished_leaves_within_the_grace_however_slow_the_link(
+    controller: FakeController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with leaving(controller, monkeypatch) as (worker, link):
+        with pytest.raises(TimeoutError, match="has not ended"):
+            worker.wait_ended(0.1)
+        link.open()
+        assert len(controller.expect(m.FIRST).message.text) == LONG_ANSWER
+        controller.expect(m.DONE, m.DRAINING)
+        controller.expect(m.DONE, m.DRAINING)
+        controller.expect(m.BYE)
+        worker.wait_ended(WAIT_S)
+    assert worker.failure is None
+
+
+def test_one_that_is_stopped_does_not_wait_for_what_leaves(controller: FakeController, monkeypatch: pytest.MonkeyPatch) -> None:
+    with leaving(controller, monkeypatch) as (worker, _):
+        worker.stop()
+        worker.wait_ended(0)
+    assert worker.failure is None
+
+
 def _recorded(monkeypatch: pytest.MonkeyPatch, logger: str) -> MutableSequence[EventDict]:
     """What `logger` says from here on."""
     capture = LogCapture()
@@ -416,14 +495,21 @@ def test_a_signal_drains_the_process_and_it_exits_with_0(controller: FakeControl
             worker.kill()
 
 
+def _blocks(process: int, thread: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process}/task/{thread}/status").read_text()
+    (mask,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) & 1 << number - 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have ids of their own only there")
 def test_a_signal_that_another_thread_gets_drains_the_process_too(controller: FakeController) -> None:
     """Which thread gets it is the kernel's choice, and Python runs handlers in the main thread only, when that wakes up."""
     with process(controller) as worker:
         try:
             controller.register(timeout_s=30)
-            thread = max(int(name) for name in os.listdir(f"/proc/{worker.pid}/task"))
-            assert thread != worker.pid
+            # The oldest beside the main thread lives as long as the worker; libzmq's take no signals.
+            others = sorted({int(name) for name in os.listdir(f"/proc/{worker.pid}/task")} - {worker.pid})
+            thread = next(each for each in others if not _blocks(worker.pid, each, signal.SIGTERM))
             assert ctypes.CDLL(None).tgkill(worker.pid, thread, signal.SIGTERM) == 0
             controller.expect(m.DRAINING)
             controller.expect(m.BYE)

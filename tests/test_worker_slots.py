@@ -171,10 +171,10 @@ def desktop(request: pytest.FixtureRequest) -> Iterator[Desktop]:
     assert desktop.workload.running == 0
 
 
-def ask(desktop: Desktop, peer: Peer, rid: int, tokens: int = 100, model: str = "m") -> None:
+def ask(desktop: Desktop, peer: Peer, rid: int, tokens: int = 100, model: str = "m", deadline_ms: int | None = None) -> None:
     peer.open[1, rid] = 0
     request = m.Generate(rid, model, prompt="a", params=SamplingParams(max_tokens=tokens))
-    peer.say(desktop.loop.now, m.REQUEST, m.encode(request), client=1, rid=rid)
+    peer.say(desktop.loop.now, m.REQUEST, m.encode(request), client=1, rid=rid, deadline_ms=deadline_ms)
     desktop.take_calls()
 
 
@@ -214,6 +214,57 @@ def test_a_request_that_is_cancelled_before_it_began_makes_nothing(desktop: Desk
     desktop.pass_on()
     assert kinds(first) == []
     assert desktop.workload.running == 0
+
+
+def test_nothing_is_kept_for_deadlines_of_what_has_ended(desktop: Desktop) -> None:
+    first = desktop.peers[0]
+    for rid in range(1, 100):
+        ask(desktop, first, rid, 1, deadline_ms=86_400_000)
+        desktop.run_out()
+        desktop.loop.now += 0.005 * (rid % 5)
+    assert desktop.loop.waiting <= 1, "some began in the same step as the one before them, some later"
+
+
+def test_a_deadline_holds_for_who_is_left_of_those_that_had_it(desktop: Desktop) -> None:
+    first, other = desktop.peers
+    ask(desktop, first, 1, 1, deadline_ms=1000)
+    ask(desktop, other, 2, deadline_ms=1000)
+    ask(desktop, first, 3, 1, deadline_ms=2000)
+    desktop.loop.turn()
+    desktop.loop.turn()
+    desktop.pass_on()
+    assert (kinds(first)[-1], desktop.workload.running) == (m.DONE, 1)
+    desktop.loop.now += 1.02
+    desktop.run_out()
+    assert (kinds(other)[-1], desktop.workload.running) == (m.FAILED, 0)
+    ask(desktop, first, 4, deadline_ms=1)
+    desktop.loop.now += 0.02
+    desktop.run_out()
+    assert kinds(first) == [m.FAILED]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "its controller gone", "a count"])
+def test_an_engine_that_hangs_is_no_younger_for_what_ends_without_it(desktop: Desktop, how: str) -> None:
+    first, other = desktop.peers
+    ask(desktop, first, 1)
+    desktop.loop.now += 20.0
+    if how == "a count":
+        other.open[1, 2] = 0
+        other.say(desktop.loop.now, m.REQUEST, m.encode(m.CountTokens(2, "m", prompt="a")), client=1, rid=2)
+        desktop.take_calls()
+        count_task = desktop.loop.tasks.pop()
+        while not count_task.ended:
+            count_task.step()
+    else:
+        ask(desktop, other, 2)
+        if how == "cancelled":
+            other.say(desktop.loop.now, m.CANCEL, client=1, rid=2)
+        else:
+            other.disconnect(desktop.loop.now)
+        desktop.take_calls()
+    desktop.pass_on()
+    assert desktop.workload.running == 1
+    assert desktop.step_age_s() == 20.0
 
 
 def test_what_a_broken_connection_left_in_the_engine_and_on_the_way_never_leaves(desktop: Desktop) -> None:

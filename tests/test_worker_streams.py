@@ -240,6 +240,31 @@ def test_a_piece_over_the_message_limit_ends_its_own_answer_only(controller: Fak
                 assert "over the limit of 10000 bytes" in got[-1].message.message
 
 
+@pytest.mark.parametrize("what", ["texts", "ids", "logprobs"])
+def test_a_whole_answer_is_given_up_as_soon_as_it_is_over_the_message_limit(controller: FakeController, what: str) -> None:
+    deltas = {
+        "texts": Delta("x" * 1000),
+        "ids": Delta("", (1,) * 250),
+        "logprobs": Delta("", (), logprobs=[m.TokenLogprob(1, "x" * 500, -1.0, [m.TopLogprob(1, "y" * 500, -1.0)])]),
+    }
+    made: list[int] = []
+
+    async def pieces(job: GenerateJob) -> AsyncIterator[Delta]:
+        for k in range(int(job.request.prompt or "")):
+            made.append(k)
+            yield deltas[what]
+
+    controller.message_bytes = 11_900
+    with serving(ScriptWorker(config(controller), pieces), controller):
+        controller.request(generate(1, "11", stream=False))
+        assert isinstance(controller.expect(m.DONE).message, m.Reply)
+        made.clear()
+        controller.request(generate(2, "1000", stream=False))
+        failed = controller.expect(m.FAILED).message
+        assert (failed.code, len(made)) == (BackendError.code, 12)
+        assert "over the limit of 11900 bytes" in failed.message
+
+
 def test_an_error_over_the_message_limit_is_shortened(controller: FakeController) -> None:
     async def fail(job: GenerateJob) -> AsyncIterator[Delta]:
         yield Delta("first")

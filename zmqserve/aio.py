@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 import zmq
 
 from .answering import completed
-from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
+from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions, vectors_asked
 from .async_connection import AsyncConnection
 from .async_prompts import Prompts
 from .async_stream import AsyncStream
@@ -122,14 +122,14 @@ class AsyncClient(OneProcess):
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[MapResult, None]:
         """Generate for many prompts: Client.map for ``async for``. The prompts may come from an asynchronous iterator, too."""
-        check_prompts(prompts)
+        check_prompts(prompts, awaits=True)
         total = len(prompts) if isinstance(prompts, Sized) else None
         bulk = Bulk(self._asking.each(model, options), concurrency=concurrency, ordered=ordered, progress=progress, total=total)
         return self._map(bulk, Prompts(prompts))
 
-    async def embed(self, model: str, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Array:
-        """One vector per text: a float32 array of shape (texts, dimensions). Options as in Client.embed."""
-        return array_of(await self._answer(self._asking.embed(model, texts, options), Embedding), len(texts))
+    def embed(self, model: str, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Coroutine[Any, Any, Array]:
+        """One vector per text: a coroutine of a float32 array of shape (texts, dimensions). Options as in Client.embed."""
+        return self._vectors(self._asking.embed(model, texts, options))
 
     async def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> int:
         """How many tokens a prompt or conversation is, special tokens and chat template included."""
@@ -160,6 +160,9 @@ class AsyncClient(OneProcess):
 
     async def _completion(self, ask: Ask) -> Completion:
         return completed(await self._finished(ask))
+
+    async def _vectors(self, ask: Ask) -> Array:
+        return array_of(await self._answer(ask, Embedding), vectors_asked(ask))
 
     async def _answer(self, ask: Ask, kind: type[A]) -> A:
         """Ask and wait. The session sees to it that the end is an answer of this kind or an error."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from struct import Struct
 from typing import Protocol
 
@@ -37,6 +37,8 @@ CANCELLED = "cancelled"
 MAX_ERROR_CHARACTERS = 500
 CHUNK_BYTES = 100
 """More than what a chunk, or a token's logprob, takes in a message besides its text and its ids."""
+LOGPROB_BYTES = 4
+"""Less than what one takes besides its text, whatever its numbers are."""
 _pack_one = Struct("<I").pack
 _check_error = msgspec.msgpack.Decoder(Error).decode
 
@@ -45,6 +47,27 @@ class Cancellable(Protocol):
     """A timer or a task."""
 
     def cancel(self) -> object: ...
+
+
+class Due:
+    """Answers whose time is up in the same `step`. They leave it with their end; `emptied` is told when the last one has."""
+
+    __slots__ = ("_emptied", "answers", "step", "timer")
+
+    def __init__(self, step: int, emptied: Callable[[Due], None]) -> None:
+        self.step = step
+        self.answers: dict[Answer, None] = {}
+        self.timer: Cancellable | None = None
+        self._emptied = emptied
+
+    def __repr__(self) -> str:
+        return f"Due(step={self.step}, {len(self.answers)} answers)"
+
+    def leave(self, answer: Answer) -> None:
+        """It has ended."""
+        self.answers.pop(answer, None)
+        if not self.answers:
+            self._emptied(self)
 
 
 class Answer:
@@ -66,7 +89,7 @@ class Answer:
         self.worker = worker
         self.job: Job | None = None
         self.task: Cancellable | None = None
-        self.due: dict[Answer, None] | None = None
+        self.due: Due | None = None
         self.started = False
         self.ended = False
         self.stopped: str | None = None
@@ -139,11 +162,12 @@ class Answer:
         self.ended = True
         self.job = None  # a job has its answer: a cycle would wait for the garbage collector
         if self.due is not None:
-            self.due.pop(self, None)
+            self.due.leave(self)
         head, gather = self.head, self.gather
         lane = gather.lane
         gather.flush()
-        gather.turn.stepped_s = gather.turn.now()
+        if self.slot and self.stopped is None:  # what it lets go of, or does beside its engine, is not made by that
+            gather.turn.stepped_s = gather.turn.now()
         lane.answers.pop((head.client, head.rid), None)
         gather.users -= 1
         if not gather.users:
@@ -172,6 +196,7 @@ class Job(GenerateJob):
         "_reasons",
         "_rid",
         "_seq",
+        "_size_bytes",
         "_unfinished",
         "answer",
     )
@@ -189,6 +214,7 @@ class Job(GenerateJob):
         self._last: Chunk | None = None
         self._reasons: list[str | None] = [None] * request.params.n
         self._unfinished = request.params.n
+        self._size_bytes = 0
         self._parts: list[list[Chunk]] | None = None if request.stream else [[] for _ in range(request.params.n)]
         answer.job = self
 
@@ -264,6 +290,8 @@ class Job(GenerateJob):
                     lane.out.wake()
                 return
         if self._parts is not None:
+            self._size_bytes += _least_bytes(chunk)
+            answer.check_size(self._size_bytes)
             self._parts[chunk.index].append(chunk)
         elif self._last is not chunk:
             raise RuntimeError(f"a delta of choice {chunk.index} after the last finish_reason")
@@ -285,6 +313,14 @@ def _choice(chunks: Iterable[Chunk], reason: str) -> Choice:
     if any(chunk.logprobs is not None for chunk in chunks):
         logprobs = [entry for chunk in chunks for entry in chunk.logprobs or ()]
     return Choice("".join(chunk.text for chunk in chunks), b"".join(chunk.token_ids for chunk in chunks), reason, logprobs)
+
+
+def _least_bytes(chunk: Chunk) -> int:
+    """What a piece takes at least in the message of a whole answer."""
+    least = len(chunk.text) + len(chunk.token_ids)
+    for entry in chunk.logprobs or ():
+        least += LOGPROB_BYTES * (1 + len(entry.top)) + len(entry.text) + sum(len(other.text) for other in entry.top)
+    return least
 
 
 def _logprob_bound(entry: TokenLogprob) -> int:

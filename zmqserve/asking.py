@@ -6,17 +6,17 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 from . import requests
 from .call import ClientRequest
 from .config import CLIENT_ENDPOINT
 from .credentials import KeyFile, KeyFiles, credentials
 from .errors import InvalidEndpoint, InvalidParameter, Unsupported
-from .messages import MAX_NAME, Drain, ListModels, Status
+from .messages import Drain, Embed, ListModels, Status
 from .params import EmbedParams, P, SamplingParams, build, invalid, unknown
 from .peer import Wire
-from .requests import EmbedFields, Prompt, Routing, Sampling, Turn, check_count, check_duration, check_switch
+from .requests import EmbedFields, Prompt, Routing, Sampling, Turn, check_count, check_duration, check_label, check_switch
 from .session import Session
 from .sockets import check_endpoint
 
@@ -34,7 +34,8 @@ class ClientOptions(TypedDict, total=False):
     """What every client may be told when it is made; durations are in seconds.
 
     timeout_s: deadline of requests that name none (default None: no deadline).
-    connect_timeout_s: how long each endpoint may take to answer before ControllerUnreachable (0.75).
+    connect_timeout_s: how long each endpoint may take to answer before ControllerUnreachable. After long silence the connection that
+    there is has as long before (0.75).
     ttl_s: the controller gives this client up after so much silence; the client does the same with a controller, by the ttl that that
     one tells (3 s by default), or this where it tells none (3.0).
     failover_s: requests under way whose controller was lost look for another (or the same, when it is back) for so long, then end
@@ -127,9 +128,7 @@ class Asking:
         self._connect_timeout_s = check_duration("connect_timeout_s", options.get("connect_timeout_s", 0.75))
         self._failover_s = check_duration("failover_s", options.get("failover_s", 10.0))
         self._buffer_bytes = check_count("buffer_bytes", options.get("buffer_bytes", 16 * 2**20))
-        self._name = options.get("name", "")
-        if not isinstance(self._name, str) or len(self._name) > MAX_NAME:
-            raise invalid("name", self._name, f"a text of at most {MAX_NAME} characters")
+        self._name = check_label("name", options.get("name", ""))
         self._kept: dict[tuple[object, ...], tuple[Routing, Any]] = {}
 
     def __repr__(self) -> str:
@@ -223,6 +222,11 @@ class Asking:
         """With the client's word for what is None."""
         told = {name: value for name, value in given.items() if value is not None}
         return Routing(**{"timeout_s": self._timeout_s, "resume": self._resume, "retries": self._retries} | told)
+
+
+def vectors_asked(ask: Ask) -> int:
+    """How many vectors are to come: by what was sent, since the caller's list may change meanwhile."""
+    return len(cast("Embed", ask.request).texts)
 
 
 _ROUTING = frozenset({*RequestOptions.__annotations__, "resume"})

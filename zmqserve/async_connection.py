@@ -18,6 +18,7 @@ from .call import Call, Leaving
 from .driven import Driven
 from .errors import ZmqserveError
 from .pump import Awaited
+from .requests import check_timeout
 
 
 class AsyncConnection:
@@ -100,6 +101,7 @@ class AsyncConnection:
 
     async def drain(self, timeout_s: float | None) -> bool:
         """Take no new requests, wait until none is open, or for `timeout_s`, and close. Returns whether all ended by themselves."""
+        check_timeout(timeout_s)
         if self._driven.pump.closed:
             return True
         self._attach()
@@ -160,7 +162,7 @@ class AsyncConnection:
 
     def _stir(self) -> None:
         """Look at the socket at the end of this turn: what was sent in it may have eaten the edge that tells of news."""
-        if not self._stirred and self._loop is not None:
+        if not self._stirred and self._loop is not None and not self._loop.is_closed():
             self._stirred = True
             self._loop.call_soon(self._process)
 

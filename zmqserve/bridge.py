@@ -32,6 +32,8 @@ NO_LIMIT = -1
 """libzmq gives a connection up, and never makes it again, when a message is larger than it may be: a bridge would be deaf from then on."""
 CRASH_LINGER_MS = 1000
 """What results have to leave when something broke the bridge."""
+LOOK_S = 0.05
+"""How often a bridge whose last results wait for the pipeline looks whether it was told to wait no longer."""
 
 
 class Bridge:
@@ -84,6 +86,7 @@ class Bridge:
         self._context, self._owns_context = None if context is None else plain(context), context is None
         self._loop: BridgeLoop | None = None
         self._running = self._stopping = False
+        self._until_s = inf
         self._lost = 0
         self._counters: Counter[str] = Counter()
         self._thread: threading.Thread | None = None
@@ -128,7 +131,7 @@ class Bridge:
         """Serve in a thread of its own, until `stop`."""
         if self._thread is not None:
             raise RuntimeError("the bridge runs already")
-        self._stopping = False
+        self._stopping, self._until_s = False, inf
         self.bind()
         self._failure = None
         self._thread = threading.Thread(target=self._run_in_thread, name="zmqserve-bridge", daemon=True)
@@ -137,7 +140,7 @@ class Bridge:
     def run(self) -> None:
         """Serve in this thread until `stop`. Raises what broke it."""
         self._running = True  # first: from here on a signal handler's `stop` is for the loop
-        linger_ms = CRASH_LINGER_MS
+        linger_ms, until_s = CRASH_LINGER_MS, -inf
         try:
             self.bind()
             loop = self._loop
@@ -146,31 +149,35 @@ class Bridge:
             try:
                 if not self._stopping:
                     loop.run()
-                linger_ms = -1 if loop.until_s == inf else max(0, int((loop.until_s - monotonic()) * 1000))
+                until_s = self._until_s
+                linger_ms = -1 if until_s == inf else max(0, int((until_s - monotonic()) * 1000))
             except zmq.ContextTerminated:
-                linger_ms = 0
+                linger_ms, until_s = 0, -inf
                 log.warning("context terminated", lost=loop.held)
             finally:
                 self._lost = loop.held
                 log.info("bridge down", lost=loop.held, **self._counters)
-                self._close(linger_ms)
+                self._close(linger_ms, until_s)
         finally:
             self._running = self._stopping = False
+            self._until_s = inf
 
     def stop(self, timeout_s: float | None = None) -> bool:
         """Stop, from any thread or a signal handler: take what still arrives, finish it, hand its results on; then end.
 
-        timeout_s: what is not done by then is dropped (None: however long that takes). Waits for the thread of `start`, and raises what
-        broke it. Returns whether libzmq has got all results; where it does not wait, whether it has them now. Harmless when it has ended.
+        timeout_s: what is not done by then is dropped (None: however long that takes); of several, also while another `stop` waits, the
+        one that ends first counts. What libzmq had got before that one came may still leave. Waits for the thread of `start`, and raises
+        what broke it. Returns whether libzmq has got all results; where it does not wait, whether it has them now. Harmless when it has
+        ended.
         """
-        until_s = inf if timeout_s is None else monotonic() + check_wait("timeout_s", timeout_s)
+        if timeout_s is not None:
+            self._until_s = min(self._until_s, monotonic() + check_wait("timeout_s", timeout_s))
         self._stopping = True
         loop = self._loop
         if loop is not None and not self._running and self._thread is None:  # bound, and never run
             self._close(0)
         elif loop is not None:
-            if timeout_s is not None:
-                loop.until_s = until_s
+            loop.until_s = self._until_s
             loop.stop()
             self._lost = loop.held
         thread = self._thread
@@ -221,16 +228,28 @@ class Bridge:
             job_bytes=self._job_bytes,
         )
 
-    def _close(self, linger_ms: int) -> None:
+    def _close(self, linger_ms: int, until_s: float = -inf) -> None:
+        """Let go of everything. `until_s`: what `linger_ms` was made from; a `stop` that came since may allow less."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.close(linger_ms)
-        self._end_context()
+        self._end_context(until_s)
 
-    def _end_context(self) -> None:
+    def _end_context(self, until_s: float = -inf) -> None:
         if self._owns_context and self._context is not None:
             context, self._context = self._context, None
-            context.term()
+            # In a thread of its own: a closed socket's linger cannot be shortened any more.
+            ending = threading.Thread(target=context.term, name="zmqserve-bridge-end", daemon=True)
+            try:
+                ending.start()
+            except RuntimeError:  # the interpreter is ending and has no threads any more
+                context.term()
+                return
+            while ending.is_alive():
+                if monotonic() >= self._until_s < until_s:
+                    log.warning("the pipeline does not take the last results: what it has not taken when this process ends is lost")
+                    return
+                ending.join(LOOK_S)
 
 
 def _positive(what: str, count: object) -> int:

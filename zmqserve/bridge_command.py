@@ -10,6 +10,7 @@ from . import logs
 from .arguments import key_options, positive, seconds
 from .bridge import Bridge
 from .config import CLIENT_ENDPOINT
+from .heap import freeze_heap
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for number in STOPS:
         signal.signal(number, stop)
     signal.signal(signal.SIGUSR1, lambda _number, _frame: bridge.tell())
+    freeze_heap()
     bridge.run()  # told to stop before it began, it ends at once
     return 0
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 import zmq
 
 from .errors import InvalidEndpoint, InvalidParameter
+from .params import invalid
 from .sockets import Binding, SocketLimits, check_endpoint, pipeline
 
 
@@ -51,6 +52,8 @@ class PipelineEnd:
 
 def checked(what: str, endpoints: str | Sequence[str], *, bind: bool) -> list[str]:
     """The endpoints as a list, none empty and each one that a socket takes."""
+    if not isinstance(endpoints, Sequence) or not all(isinstance(each, str) for each in endpoints):
+        raise invalid(what, endpoints, "an endpoint like tcp://127.0.0.1:5557, or a list of them")
     listed = [endpoints] if isinstance(endpoints, str) else list(endpoints)
     if not listed:
         raise InvalidParameter(f"{what} needs at least one endpoint", data={"parameter": what})

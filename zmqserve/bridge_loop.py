@@ -119,7 +119,7 @@ class BridgeLoop:
         if self._told and self._stopped_s == inf:
             log.info("bridge stops", held=self.held, running=len(self._runs))
             self._stopped_s = self._heard_s = now
-            self._runs.patient = False
+            self._runs.end_patience()
             self.pull.retire()
 
     @property
@@ -128,9 +128,11 @@ class BridgeLoop:
 
     def _take(self, now: float) -> None:
         """Take jobs, and see when there will be none any more."""
-        arrives = True
-        for _ in range(TURN_JOBS):
-            if not self._room:
+        over = now - self._stopped_s >= self._drain_s
+        arrives = bool(self.pull.socket.poll(0)) if over else True
+        for _ in range(0 if over else TURN_JOBS):
+            # Told to stop just now: the next turn sees whether any more are to be taken.
+            if not self._room or (self._told and self._stopped_s == inf):
                 break
             try:
                 frames = self.pull.socket.recv_multipart(NOBLOCK)
@@ -141,7 +143,7 @@ class BridgeLoop:
             self._begin(now, frames)
         if arrives:
             self._heard_s = now  # or there may be more, which nobody has looked for
-        if self._stopped_s < inf and (now - self._heard_s >= QUIET_S or now - self._stopped_s >= self._drain_s):
+        if over or (self._stopped_s < inf and now - self._heard_s >= QUIET_S):
             if arrives:
                 log.warning("jobs may still arrive: those on their way here are lost", drain_s=self._drain_s)
             self._taking = False

@@ -12,7 +12,7 @@ from typing import Any
 from . import bridge_results
 from .bridge_jobs import Envelope, Job
 from .errors import Unauthenticated, UnknownModel, ZmqserveError
-from .liveness import Agenda, Backoff
+from .liveness import Agenda, Backoff, Timer
 from .logs import Logger
 from .polled import Asked, Pending, PolledClient, PolledStream
 
@@ -40,29 +40,29 @@ class Runs:
     """Jobs by the client's requests. `put(number, message, last=...)` takes what comes of each.
 
     Errors that may pass are no results: the job is asked again until its deadline, however long that takes without one. So is a model
-    that nobody serves if it is `model`, the bridge's own, or has been served before. `patient` False: they are results after all.
+    that nobody serves if it is `model`, the bridge's own, or has been served before. After `end_patience` they are results after all.
     """
 
     def __init__(
         self, client: PolledClient, put: Callable[..., None], counters: Counter[str], *, model: str | None, timeout_s: float | None
     ) -> None:
-        self.patient = True
+        self._patient = True
         self._client = client
         self._put = put
         self._counters = counters
         self._timeout_s = timeout_s
         self._served = set() if model is None else {model}
         self._asked: dict[int, _Run] = {}
-        self._paused = 0
+        self._paused: dict[_Run, tuple[Timer, ZmqserveError]] = {}
         self._agenda = Agenda()
         self._random = Random()
         self._waits = False
 
     def __repr__(self) -> str:
-        return f"Runs({len(self._asked)} asked, {self._paused} paused)"
+        return f"Runs({len(self._asked)} asked, {len(self._paused)} paused)"
 
     def __len__(self) -> int:
-        return len(self._asked) + self._paused
+        return len(self._asked) + len(self._paused)
 
     def begin(self, now: float, number: int, envelope: Envelope, job: Job) -> None:
         """Ask for one more."""
@@ -74,6 +74,14 @@ class Runs:
         self._counters["errors"] += 1
         log.info("job failed", job=bytes(envelope.id)[:100].decode(errors="replace"), error=type(error).__name__, why=error.message)
         self._put(number, bridge_results.of_error(envelope, error), last=True)
+
+    def end_patience(self) -> None:
+        """From now on no job is asked again: those that wait for that end with the error that they have."""
+        self._patient = False
+        paused, self._paused = self._paused, {}
+        for run, (timer, error) in paused.items():
+            timer.cancel()
+            self.refuse(run.number, run.envelope, error)
 
     def process(self, now: float) -> None:
         """Read what has come and do what is due."""
@@ -136,7 +144,7 @@ class Runs:
         self._served.add(run.job.model)
         if self._waits:
             self._waits = False
-            log.info("jobs go on", waiting=self._paused)
+            log.info("jobs go on", waiting=len(self._paused))
         self._put(run.number, result, last=True)
 
     def _fail(self, now: float, run: _Run, error: ZmqserveError) -> None:
@@ -149,11 +157,10 @@ class Runs:
         if not self._waits:
             self._waits = True
             log.warning("jobs wait", error=type(error).__name__, why=error.message)
-        self._paused += 1
-        self._agenda.at(now + pause_s, lambda now: self._again(now, run))
+        self._paused[run] = self._agenda.at(now + pause_s, lambda now: self._again(now, run)), error
 
     def _again(self, now: float, run: _Run) -> None:
-        self._paused -= 1
+        del self._paused[run]
         self._ask(now, run)
 
     def _pause_s(self, now: float, run: _Run, error: ZmqserveError) -> float | None:
@@ -162,7 +169,7 @@ class Runs:
         passes = (
             error.retryable or isinstance(error, Unauthenticated) or (isinstance(error, UnknownModel) and run.job.model in self._served)
         )
-        if not passes or run.began or not self.patient:
+        if not passes or run.began or not self._patient:
             return None
         if run.pauses is None:
             run.pauses = Backoff(FIRST_PAUSE_S, MOST_PAUSE_S, self._random)

@@ -14,16 +14,19 @@ import msgspec
 
 from . import messages as m
 from .access import UNREAD, Access, Account, Keys, unauthenticated
-from .carried import is_controllers, is_pieces, is_word_of
+from .beginning import tag_and_rid
+from .bounds import check_routing_id, check_size
+from .carried import attempts_below, is_controllers, is_pieces, is_word_of
 from .config import ControllerConfig
 from .controls import Controls
 from .dispatch import POLICIES, Policy
-from .endings import count_error, error_message
+from .endings import REFUSED, count_error, error_message
 from .errors import (
     BackendError,
     DeadlineExceeded,
     DuplicateRequest,
     GoingAway,
+    MalformedMessage,
     ZmqserveError,
 )
 from .flight import Client, Envelope, Flight, Route
@@ -42,6 +45,8 @@ OF_A_FLIGHT = frozenset({m.FIRST, m.DONE, m.FAILED, m.BUSY})
 """Kinds of what a worker says of one request."""
 NO_REQUESTS = (1, 9, 10)
 """Tags of Hello, Cancel and Ping: an error about one of these is none of a request."""
+CONTROL_BYTES = 2**20
+"""What a message may have that is no request: a Ping with as many rids as it may has less."""
 
 
 class Broker:
@@ -105,7 +110,6 @@ class Broker:
         self.outbox_drops: Callable[[], int] = lambda: 0
         self._send_client, self._send_worker = send_client, send_worker
         self._ticked_s = now
-        self._peek = msgspec.msgpack.Decoder(m.Peek)
         self._messages = m.decoder(m.FromClient)
         self._heads = msgspec.msgpack.Decoder(m.WorkerHead)
 
@@ -144,27 +148,39 @@ class Broker:
 
     def from_client(self, now: float, envelope: Envelope, payload: bytes, user: str | None = None) -> None:
         """Take one client-side message. `user`: the key that its sender has proven to have; None for peers in this process."""
-        header = self.intake.read(payload)
         try:
             account = self.access.account(user, now) if self.access is not None and user is not None else None
             client = self.flights.clients.get(envelope)
             if client is not None and client.account is not account:  # it has gone, and another has taken its routing id
                 self.flights.delivery.detach(client, now, "client gone")
                 client = None
+            if account is not None and client is None:
+                check_routing_id(envelope[0])
+            check_size(self.config, len(payload))
+            header = self.intake.read(payload)
             if header is not None:
                 self._request(now, envelope, client, account, header, payload)
             else:
-                self.controls.take(now, envelope, client, account, m.read(self._messages, payload))
+                self.controls.take(now, envelope, client, account, self._message(now, account, payload))
         except ZmqserveError as error:
             count_error(self.counters, error)
-            self._send_client(envelope, error_message(self._rid_of(payload), error))
+            tag, rid = tag_and_rid(payload)
+            self._send_client(envelope, error_message(rid if tag not in NO_REQUESTS and rid <= m.MAX_RID else 0, error))
 
-    def _rid_of(self, payload: bytes) -> int:
+    def _message(self, now: float, account: Account | None, payload: bytes) -> object:
+        """A message that is no request with a good header. What is long is not looked at: reading it may take a hundred times as long as
+        refusing it."""
         try:
-            peek = self._peek.decode(payload)
-        except (msgspec.DecodeError, RecursionError):
-            return 0
-        return peek.rid if peek.tag not in NO_REQUESTS and 0 < peek.rid <= m.MAX_RID else 0
+            if len(payload) > CONTROL_BYTES:
+                text = (
+                    f"{len(payload)} bytes that are no request, or one whose header cannot be read: such a message may have {CONTROL_BYTES}"
+                )
+                raise MalformedMessage(text, data={"limit": CONTROL_BYTES})
+            return m.read(self._messages, payload)
+        except ZmqserveError:
+            if account is not None:
+                account.count(now)
+            raise
 
     def _request(
         self, now: float, envelope: Envelope, known: Client | None, account: Account | None, header: m.RequestHeader, payload: bytes
@@ -275,7 +291,7 @@ class Broker:
         access.renew(keys, rules, now)
         for worker in list(self.registry):
             if worker.user is not None and (why := access.unfit(worker.user, worker.name, worker.cards.values())):
-                self.members.fence(worker, why, now, clean=True)
+                self.members.fence(worker, why, now, clean=True, told=REFUSED)
         for client in list(self.flights.clients.values()):
             if client.account is not None and client.account.key not in keys.clients:
                 self.flights.delivery.detach(client, now, "key revoked", unauthenticated())
@@ -318,6 +334,8 @@ class Broker:
             else:
                 flights.busy(flight, now)
             return
+        if head.kind == m.FAILED and worker.controllers and flights.lost_below(flight, attempts_below(payload), now):
+            return
         outcome, code = head.outcome, 0
         if head.kind == m.FAILED:
             if is_controllers(payload):
@@ -333,6 +351,8 @@ class Broker:
             if outcome == "deadline":
                 late = DeadlineExceeded("the deadline passed while the worker answered")
                 payload, code = error_message(flight.rid, late), late.code
-        if worker.stalled_s is not None and not any(other.ending for other in worker.flights.values() if other is not flight):
-            self.members.unstall(worker)
+        if worker.hung_s is not None and flight.slotted and head.kind == m.DONE and head.outcome != "cancelled":
+            self.registry.steps(worker)
+        if worker.stalled_s is not None:
+            self.members.let_go(worker, flight)
         flights.settle(flight, now, outcome, payload, code, (head.prompt_tokens, head.completion_tokens))

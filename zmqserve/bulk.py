@@ -21,10 +21,16 @@ Progress = Callable[[int, int | None], object]
 """Told how many have ended, and of how many if that is known."""
 
 
-def check_prompts(prompts: object) -> None:
-    """Raise InvalidParameter for what cannot be many prompts. A text's characters and a mapping's keys are not meant to be."""
-    if isinstance(prompts, str | bytes | Mapping) or not (hasattr(prompts, "__iter__") or hasattr(prompts, "__aiter__")):
-        raise invalid("prompts", prompts, "a list, or another iterable, of prompts")
+def check_prompts(prompts: object, *, awaits: bool) -> None:
+    """Raise InvalidParameter for what cannot be many prompts. A text's characters and a mapping's keys are not meant to be.
+
+    `awaits`: they may come from an asynchronous iterable.
+    """
+    if isinstance(prompts, str | bytes | bytearray | memoryview | Mapping) or not (
+        hasattr(prompts, "__iter__") or (awaits and hasattr(prompts, "__aiter__"))
+    ):
+        only = ", not an asynchronous one (AsyncClient.map takes those)" if hasattr(prompts, "__aiter__") else ""
+        raise invalid("prompts", prompts, f"a list, or another iterable, of prompts{only}")
 
 
 class Bulk:
@@ -91,9 +97,10 @@ class Bulk:
             return
         prompt = self._prompts.pop(index)
         try:
-            self._put(MapResult(index, prompt, completed(call)))
+            result = MapResult(index, prompt, completed(call))
         except ZmqserveError as error:
-            self._put(MapResult(index, prompt, error=error))
+            result = MapResult(index, prompt, error=error)
+        self._put(result)  # what `progress` raises is the caller's
 
     def next(self) -> MapResult | None:
         """The next result, if it may be handed on now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from .codec import tag_of
-from .errors import GoingAway, Unauthenticated
+from .errors import GoingAway, Unauthenticated, WorkerLost
 from .messages import DONE, FAILED, FIRST, MORE, Chunk, Chunks, Details, Done, Embedding, Error, Peek, Reply, Tokens
 
 CARRIED = {FIRST: (Chunk,), MORE: (Chunk, Chunks), DONE: (Done, Reply, Embedding, Tokens, Details), FAILED: (Error,)}
@@ -32,6 +32,7 @@ class _ErrorView(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 _peek = msgspec.msgpack.Decoder(Peek).decode
 _error = msgspec.msgpack.Decoder(_ErrorView).decode
+_whole = msgspec.msgpack.Decoder(Error).decode
 
 
 def is_pieces(payload: bytes) -> bool:
@@ -46,6 +47,16 @@ def is_word_of(kind: int, rid: int, payload: bytes) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return peek.rid == rid and peek.tag in TAGS[kind]
+
+
+def attempts_below(payload: bytes) -> int:
+    """How many workers a request has lost below, as a WorkerLost says that may be tried again; 0 for any other error."""
+    try:
+        error = _whole(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+    attempts = error.data.get("attempts")
+    return attempts if error.code == WorkerLost.code and error.retryable and isinstance(attempts, int) else 0
 
 
 def is_controllers(payload: bytes) -> bool:

@@ -85,6 +85,11 @@ def public_key(path: Path, text: str, state: os.stat_result) -> str:
     return _key(path, fields, "public").decode()
 
 
+def public_keys(text: str) -> set[str]:
+    """What the text of a file calls public keys, whatever else is wrong with it."""
+    return {key for which, key in _FIELD.findall(text) if which == "public"}
+
+
 def read_pair(path: Path) -> Pair:
     """The pair in a secret file. Raises Unreadable, also when others may read the file than its owner, or a group that root gave it to."""
     return secret_pair(path, *read_text(path))

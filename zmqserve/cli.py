@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from . import bridge_command, keys_command, logs, plugins, up
 from .arguments import curve_options, filled, key_options, positive, seconds
@@ -18,8 +18,9 @@ from .config import CLIENT_ENDPOINT, WORKER_ENDPOINT, load_config
 from .controller import Controller
 from .dispatch import POLICIES
 from .errors import ConnectionFailed, InvalidParameter, MemoryExceeded, RequestError, ZmqserveError
+from .heap import freeze_heap
 from .params import SamplingParams, build
-from .terminal import figures, printing, table
+from .terminal import figures, printing, say, table
 from .worker import BaseModelWorker, WorkerConfig
 
 if TYPE_CHECKING:
@@ -50,12 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ZmqserveError as error:
-        print(f"zmqserve: {error}", file=sys.stderr)
-        if isinstance(error, ConnectionFailed):
-            return UNREACHABLE
-        if isinstance(error, MemoryExceeded):
-            return MEMORY
-        return USAGE if isinstance(error, InvalidParameter) else FAILED
+        return _told(error)
+
+
+def _told(error: ZmqserveError) -> int:
+    """Say what went wrong; returns the exit code."""
+    say(f"zmqserve: {error}", file=sys.stderr)
+    if isinstance(error, ConnectionFailed):
+        return UNREACHABLE
+    if isinstance(error, MemoryExceeded):
+        return MEMORY
+    return USAGE if isinstance(error, InvalidParameter) else FAILED
 
 
 # --- serving -----------------------------------------------------------------------------------
@@ -86,6 +92,7 @@ def controller(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, stop)
     if config.curve_dir is not None:
         signal.signal(signal.SIGHUP, lambda _number, _frame: broker.reload())
+    freeze_heap()
     broker.run()
     return 0
 
@@ -103,12 +110,34 @@ def worker(args: argparse.Namespace) -> int:
         controllers=tuple(args.controller or [WORKER_ENDPOINT]),
         slots=args.slots,
         speed=args.speed,
+        ttl_s=args.ttl,
         grace_s=args.grace,
         key=args.key,
         controller_key=args.controller_key,
     )
-    backend.from_arguments(config, args).run()
+    made = backend.from_arguments(config, args)
+    try:
+        made.run()
+    except BaseException as error:
+        if made.left_engine:
+            _leave(error)
+        raise
+    if made.left_engine:
+        _leave(None)
     return 0
+
+
+def _leave(error: BaseException | None) -> NoReturn:
+    """End the process at once: Python's own exit would wait for the threads of an engine that hangs."""
+    logs.finish()
+    code = 0
+    if isinstance(error, ZmqserveError):
+        code = _told(error)
+    elif error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = FAILED
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # --- asking ------------------------------------------------------------------------------------
@@ -125,7 +154,7 @@ def ask(args: argparse.Namespace) -> int:
         try:
             with client.generate(args.model, asked, params=params) as stream:
                 for chunk in stream:
-                    print(chunk.text, end="", flush=True)
+                    say(chunk.text, end="", flush=True)
                     begun = True
         except (ZmqserveError, KeyboardInterrupt):
             if begun:  # what is said about it begins a line
@@ -133,7 +162,7 @@ def ask(args: argparse.Namespace) -> int:
             raise
         print()
         if args.stats:
-            print(figures(stream.completion), file=sys.stderr)
+            say(figures(stream.completion), file=sys.stderr)
     return 0
 
 
@@ -178,10 +207,10 @@ def status(args: argparse.Namespace) -> int:
     with _client(args) as client:
         state = client.status()
     if args.json:
-        print(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
+        say(msgspec.json.format(msgspec.json.encode(state), indent=2).decode())
         return 0
-    print(f"controller {state.controller}, up {state.up_s:.0f} s, {state.dispatch}, version {state.version}")
-    print(f"clients on {', '.join(state.client_endpoints)}; workers on {', '.join(state.worker_endpoints)}")
+    say(f"controller {state.controller}, up {state.up_s:.0f} s, {state.dispatch}, version {state.version}")
+    say(f"clients on {', '.join(state.client_endpoints)}; workers on {', '.join(state.worker_endpoints)}")
     print(f"{state.running} running, {state.waiting} waiting, {state.clients} clients with open requests\n")
     rows = [
         (
@@ -267,6 +296,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     work.add_argument(
         "--worker-name", metavar="NAME", help="the worker's own name in status and logs (default: backend, host and a random suffix)"
+    )
+    work.add_argument(
+        "--ttl",
+        type=seconds,
+        default=WorkerConfig.ttl_s,
+        metavar="S",
+        help="seconds of silence after which controllers give it up: more than its largest message takes on its link (default 3)",
     )
     key_options(work, "workers")
     work.add_argument("--exit-with-parent", type=positive, metavar="PID", help=argparse.SUPPRESS)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast, overload
 import zmq
 
 from .answering import completed
-from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
+from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions, vectors_asked
 from .bulk import Arrivals, Bulk, Progress, check_prompts
 from .call import Answer, Call
 from .connection import Connection
@@ -122,7 +122,7 @@ class Client(OneProcess):
         was none at first, it raises ConnectionFailed, after the results of all that had been asked. Closing the iterator cancels what
         is open.
         """
-        check_prompts(prompts)
+        check_prompts(prompts, awaits=False)
         total = len(prompts) if isinstance(prompts, Sized) else None
         bulk = Bulk(self._asking.each(model, options), concurrency=concurrency, ordered=ordered, progress=progress, total=total)
         return self._map(bulk, iter(prompts))
@@ -132,7 +132,8 @@ class Client(OneProcess):
 
         options: fields of EmbedParams such as ``dimensions=64``, `params` (an EmbedParams, over which they win), and RequestOptions.
         """
-        return array_of(self._answer(self._asking.embed(model, texts, options), Embedding), len(texts))
+        ask = self._asking.embed(model, texts, options)
+        return array_of(self._answer(ask, Embedding), vectors_asked(ask))
 
     def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> int:
         """How many tokens a prompt or conversation is, special tokens and chat template included."""

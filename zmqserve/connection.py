@@ -28,6 +28,7 @@ from .errors import ZmqserveError
 from .keeper import Keeper
 from .liveness import BEATS_PER_TTL
 from .pump import Awaited, Pump
+from .requests import check_timeout
 from .session import closed
 from .sockets import plain
 
@@ -188,6 +189,7 @@ class Connection:
 
     def drain(self, timeout_s: float | None) -> bool:
         """Take no new requests, sleep until none is open, or for `timeout_s`, and close. Returns whether all ended by themselves."""
+        check_timeout(timeout_s)
         self._check_outside()
         with self._mutex:
             if self._pump.closed:

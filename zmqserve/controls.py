@@ -43,7 +43,7 @@ class Controls:
             case m.Hello():
                 self._hello(envelope, message)
             case m.ListModels(rid=rid):
-                models = [model_status(pool) for pool in self._broker.intake.models(account)]
+                models = [model_status(pool, account) for pool in self._broker.intake.models(account)]
                 self._send_client(envelope, m.encode(m.Models(rid, models)))
             case m.Status(rid=rid):
                 self._send_client(envelope, m.encode(m.StatusReply(rid, snapshot(self._broker, now, account))))
@@ -77,6 +77,8 @@ class Controls:
                 client.lease = Lease(ttl_s, now)
                 broker.flights.deadlines.watch(client, now)
             client.lease.heard_s, client.lease.ttl_s = now, ttl_s
+            if client.timer is not None and client.lease.ends_s < client.timer.when_s:
+                broker.flights.deadlines.watch(client, now)
         held = client.flights if client is not None else {}
         unknown = [rid for rid in ping.rids if rid not in held or held[rid].told]
         self._send_client(envelope, m.encode(m.Pong(broker.controller_id, unknown)))

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any, Protocol
 
 from .admission import admit
-from .answers import Answer, Cancellable, Job
+from .answers import Answer, Cancellable, Due, Job
 from .errors import MalformedMessage
 from .jobs import Delta, GenerateJob, Vectors
 from .lane import Gather, Lane, Outbound, Turn
@@ -81,7 +81,8 @@ class Desk:
         self._spawn = spawn
         self._turn = Turn(call_soon, out.wake, now)
         self._lanes: set[Lane] = set()
-        self._due: dict[int, dict[Answer, None]] = {}
+        self._due: dict[int, Due] = {}
+        self._latest: Due | None = None
 
     def __repr__(self) -> str:
         return f"Desk({sum(len(lane.answers) for lane in self._lanes)} answers)"
@@ -163,13 +164,24 @@ class Desk:
         step = ceil(deadline_s / DEADLINE_STEP_S)
         due = self._due.get(step)
         if due is None:
-            due = self._due[step] = {}
-            self._call_at(step * DEADLINE_STEP_S, self._expire, step)
-        due[answer] = None
+            before = self._latest
+            self._latest = due = self._due[step] = Due(step, self._emptied)
+            due.timer = self._call_at(step * DEADLINE_STEP_S, self._expire, due)
+            if before is not None and not before.answers:
+                self._emptied(before)
+        due.answers[answer] = None
         answer.due = due
 
-    def _expire(self, step: int) -> None:
-        for answer in list(self._due.pop(step)):
+    def _emptied(self, due: Due) -> None:
+        """A deadline may be far away: nothing is kept for it, but of the latest, which the next request may have too."""
+        if due is not self._latest and self._due.get(due.step) is due:
+            del self._due[due.step]
+            if due.timer is not None:
+                due.timer.cancel()
+
+    def _expire(self, due: Due) -> None:
+        del self._due[due.step]
+        for answer in list(due.answers):
             self.stop(answer, "deadline")
 
     def _in_task(self, answer: Answer, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:

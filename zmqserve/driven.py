@@ -104,6 +104,11 @@ class Driven:
         self.stir()
         return draining
 
+    def close_within(self, timeout_s: float | None) -> None:
+        """What is still open after `timeout_s` is cancelled; see Session.close_within."""
+        if self.pump.session.close_within(monotonic(), timeout_s):
+            self.stir()
+
     def close(self) -> zmq.Context[zmq.Socket[bytes]] | None:
         """Cancel what is open and close the socket. Returns the context to be ended, if it was made here: that may take a moment."""
         if self.pump.closed:

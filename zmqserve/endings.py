@@ -10,6 +10,9 @@ from .flight import Flight
 
 RETRY_MS = 1000
 """Where nobody knows when there will be room again."""
+REFUSED = "the controller refused it"
+BROKE_PROTOCOL = "it broke the protocol"
+"""What clients are told of why a worker was given up, where the reason names rules, models or requests that are none of theirs."""
 
 
 def error_message(rid: int, error: ZmqserveError) -> bytes:
@@ -44,6 +47,13 @@ def count_error(counters: Counter[str], error: ZmqserveError) -> None:
 def overloaded(bound: str, limit: int, what: str) -> Overloaded:
     """For what would go over one of a controller's bounds, which is named as its setting."""
     return Overloaded(f"{what}: the limit is {limit} ({bound})", retry_after_ms=RETRY_MS, data={"bound": bound, "limit": limit})
+
+
+def none_left(flight: Flight) -> WorkerLost:
+    """For a parent's request that has not begun, whose worker was lost where no other could take it."""
+    lost = ", ".join(sorted(flight.avoid))
+    text = f"worker {lost} was lost, and no other of {flight.pool.model} is left here: try again"
+    return WorkerLost(text, data={"worker": lost, "attempts": flight.attempts, "beside": 0})
 
 
 def worker_lost(flight: Flight, worker: str, why: str, max_attempts: int, beside: int) -> WorkerLost:

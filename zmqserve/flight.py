@@ -62,11 +62,13 @@ class Flight:
     """One request, `open` until it is settled. It is `waiting` while it stands in a queue, has a `worker` while one answers it
     (neither, for a moment, while its worker is lost), and has `started` once its first chunk has gone to the client.
 
-    `attempts`: workers that it has lost, `attempts_before` when it came. `queued_ms`: what it waited in the controllers above.
-    `told`: the client has had its end, and only its worker has not let go of it yet. `on_trial`: its worker tries it (see Need)."""
+    `alias`: the name that it calls its model by, where that is another. `attempts`: workers that it has lost, `attempts_before` when it
+    came. `queued_ms`: what it waited in the controllers above. `told`: the client has had its end, and only its worker has not let go of
+    it yet. `on_trial`: its worker tries it (see Need)."""
 
     __slots__ = (
         "affinity",
+        "alias",
         "arrived_s",
         "attempts",
         "attempts_before",
@@ -100,6 +102,7 @@ class Flight:
         self.rid = header.rid
         self.need = need
         self.pool = pool
+        self.alias = header.model if header.model != pool.model else None
         self.payload = payload
         self.priority = header.priority
         self.affinity = header.affinity

@@ -16,7 +16,7 @@ from .bounds import check_request
 from .config import ControllerConfig
 from .deadlines import Deadlines
 from .delivery import FULL, GONE, SENT, Delivery
-from .endings import cancelled_message, error_message, too_late, worker_lost
+from .endings import cancelled_message, error_message, none_left, too_late, worker_lost
 from .errors import NoWorker, ZmqserveError
 from .flight import Client, Envelope, Flight, Route
 from .liveness import Agenda
@@ -186,6 +186,12 @@ class Flights:
         if self._placing:
             return
         self._placing = True
+        while self._homeless:
+            self._place_round(now)
+        self._placing = False
+
+    def _place_round(self, now: float) -> None:
+        """The same for those whose worker was lost until now: who is handed back may find a parent gone, and that one more worker is."""
         waiting: list[Flight] = []
         in_vain: set[tuple[Pool, Need]] = set()  # nobody gets room meanwhile, and a pick that finds none looks at all workers
         while self._homeless:
@@ -204,13 +210,18 @@ class Flights:
                 flight.pool.waiting.push(flight, front=True)
                 if flight.pool.hopeless(flight.need):
                     self._look_after(flight.pool, now)
-        self._placing = False
 
     def _hand_back(self, flight: Flight, now: float) -> bool:
-        """The parent that sent it keeps the queue, and may know another way. It cannot be told of an attempt that was spent here."""
+        """The parent that sent it keeps the queue, and may know another way. Of an attempt that was spent here an error tells it: so goes
+        what would wait here for nobody."""
         above = flight.client.above
-        if above is None or not flight.slotted or flight.attempts != flight.attempts_before:
+        if above is None or not flight.slotted:
             return False
+        if flight.attempts != flight.attempts_before:
+            if flight.pool.has_hope(flight.need, flight.avoid):
+                return False
+            self.settle_unsent(flight, now, "worker_lost", none_left(flight))
+            return True
         self._close(flight)
         above.busy(flight.rid, now)
         self._forget_idle(flight.client)
@@ -225,9 +236,11 @@ class Flights:
         self.held_bytes -= len(flight.payload)
         flight.payload = b""
         worker = flight.worker
-        if flight.on_trial and worker is not None:
+        if worker is not None and (flight.on_trial or worker.hung_s is not None):
+            worker.trials -= flight.on_trial
             flight.on_trial = False
-            worker.trials -= 1
+            if worker.hung_s is not None:
+                self.registry.steps(worker)
             self.feed(worker, now)
 
     def busy(self, flight: Flight, now: float) -> None:
@@ -240,6 +253,22 @@ class Flights:
             return
         self._homeless.append(flight)
         self.feed(worker, now)
+
+    def lost_below(self, flight: Flight, attempts: int, now: float) -> bool:
+        """The controller below that has it lost its worker, and has no other: it goes elsewhere, unseen. False where `attempts` is not more
+        than before, or all that it has: then it ends."""
+        known = flight.started or flight.ending is not None or not flight.slotted
+        if known or not flight.attempts < attempts < self.config.max_attempts:
+            return False
+        worker = self._release(flight)
+        self.registry.refused(worker, flight.pool.model)
+        self.counters["redispatched"] += 1
+        flight.attempts = attempts
+        flight.avoid = flight.avoid | {worker.name}
+        flight.need = flight.need._replace(trial=True)
+        self._homeless.append(flight)
+        self.feed(worker, now)
+        return True
 
     def settle(self, flight: Flight, now: float, outcome: str, last: bytes, code: int = 0, tokens: tuple[int, int] = (0, 0)) -> None:
         """It has ended: send its `last` message, close its books, and give its slot to who waits.
@@ -314,13 +343,28 @@ class Flights:
                 self._homeless.append(flight)
         self._place_homeless(now)
 
-    def fail_waiting(self, pool: Pool, now: float) -> None:
-        """Nobody came back to serve this model: whoever waits for it, and for what no other worker can do, ends as NoWorker."""
-        hopeless = frozenset(need for need in pool.waiting.needs() if pool.hopeless(need))
-        while (flight := pool.waiting.head(hopeless)) is not None:
+    def fail_waiting(self, pool: Pool, needs: frozenset[Need], now: float) -> None:
+        """Nobody came back who can do that: whoever waits for it ends as NoWorker."""
+        while (flight := pool.waiting.head(needs)) is not None:
             pool.waiting.remove(flight)
             text = f"all workers of {pool.model} that could {flight.need.verb} this are gone"
             self.settle_unsent(flight, now, "no_worker", NoWorker(text, retry_after_ms=1000, data={"model": pool.model}))
+
+    def heed_aliases(self, pool: Pool) -> None:
+        """Workers have come that do not know all of the model's names: what asks by one of these is not for them."""
+        names, pool.unheeded = pool.unheeded, frozenset()
+        if not names:
+            return
+        for client in self.clients.values():
+            for flight in client.flights.values():
+                if flight.pool is not pool or flight.alias not in names:
+                    continue
+                waits = flight.waiting
+                if waits:
+                    pool.waiting.remove(flight)
+                flight.need = flight.need._replace(alias=flight.alias)
+                if waits:
+                    pool.waiting.push(flight)
 
     # --- cancel and time
 

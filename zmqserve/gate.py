@@ -64,15 +64,18 @@ class Gate:
         self._zap.serve(now, MOST_HANDSHAKES)
 
     def look_soon(self) -> None:
-        """At the next `look`, whenever the last was. From any thread or a signal handler."""
+        """At the next `look`, whenever the last was, and take rules as they are: who asks says that they are whole. From any thread or a
+        signal handler."""
         self._look_s = 0.0
 
     def look(self, now: float) -> None:
-        """Take over what has changed in the folder, once a second."""
+        """Take over what has changed in the folder, once a second; rules at the second look that reads them."""
         if now < self._look_s or self._broker is None:
             return
-        changes = self._keyring.look(thorough=self._look_s == 0.0)
-        self._look_s = now + (HURRY_S if self._keyring.hurried else LOOK_S)
+        soon, self._look_s = self._look_s == 0.0, now + LOOK_S
+        changes = self._keyring.look(now, thorough=soon)
+        if self._keyring.hurried:
+            self._look_s = min(self._look_s, now + HURRY_S)  # it is 0 where `look_soon` was called meanwhile
         if changes is None:
             return
         for problem in changes.problems:

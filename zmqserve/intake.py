@@ -52,9 +52,10 @@ class Intake:
     def need(self, header: m.RequestHeader) -> Need:
         """What it asks of a worker."""
         need = self._needs[header.tag]
-        if header.fingerprint is None and not header.attempts:
+        alias = header.model if header.model in self._registry.partial else None
+        if header.fingerprint is None and not header.attempts and alias is None:
             return need
-        return Need(need.verb, header.fingerprint, trial=need.slotted and header.attempts > 0)
+        return Need(need.verb, header.fingerprint, need.slotted and header.attempts > 0, alias)
 
     def verb(self, header: m.RequestHeader, payload: bytes, account: Account) -> str:
         """What the request is to the rules of its sender's key. Chat is a Generate with messages, which no worker needs to know apart."""
@@ -108,14 +109,17 @@ class Intake:
 
 
 def _refuse(pool: Pool, need: Need) -> None:
-    if pool.state == "loading":
-        raise ModelLoading(f"model {pool.model!r} is still loading: try again", retry_after_ms=1000, data={"model": pool.model})
-    if need.fingerprint is not None and pool.can(Need(need.verb)):
-        lost = WorkerLost(f"no worker of {pool.model!r} left has its fingerprint {need.fingerprint}", data={"model": pool.model})
+    named = need.alias or pool.model
+    known = [worker.cards[pool.model] for worker in pool.workers.values() if not pool.loads(worker)]
+    known = [card for card in known if need.alias in (None, *card.aliases)]
+    if not known:
+        raise ModelLoading(f"model {named!r} is still loading: try again", retry_after_ms=1000, data={"model": pool.model})
+    if need.fingerprint is not None and any(need._replace(fingerprint=None).met_by(card) for card in known):
+        lost = WorkerLost(f"no worker of {named!r} left has its fingerprint {need.fingerprint}", data={"model": pool.model})
         lost.retryable = False
         raise lost
-    verbs = sorted({verb for worker in pool.workers.values() for verb in worker.cards[pool.model].verbs})
+    verbs = sorted({verb for card in known for verb in card.verbs})
     raise Unsupported(
-        f"model {pool.model!r} does not {need.verb}; it can: {', '.join(verbs)}",
+        f"model {named!r} does not {need.verb}; it can: {', '.join(verbs)}",
         data={"model": pool.model, "verb": need.verb, "verbs": verbs},
     )

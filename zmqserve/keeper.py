@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,8 +16,10 @@ class Keeper:
     """
 
     def __init__(self, look: Callable[[], float | None]) -> None:
-        self._wakes = wakes = threading.Event()
-        self._look: weakref.WeakMethod[Callable[[], float | None]] = weakref.WeakMethod(look, lambda _: wakes.set())
+        # Not an Event: a finalizer may run inside of its `wait`, in this thread, and `set` would wait there for itself.
+        wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wakes = wakes
+        self._look: weakref.WeakMethod[Callable[[], float | None]] = weakref.WeakMethod(look, lambda _: wakes.put(None))
         self._ends = False
         self._thread: threading.Thread | None = None
 
@@ -33,12 +36,12 @@ class Keeper:
 
     def wake(self) -> None:
         """Look now."""
-        self._wakes.set()
+        self._wakes.put(None)
 
     def end(self) -> None:
         """Look no more."""
         self._ends = True
-        self._wakes.set()
+        self._wakes.put(None)
 
     def join(self) -> None:
         """Wait until the thread is gone, unless this is it: a finalizer runs in any."""
@@ -53,5 +56,7 @@ class Keeper:
             nap_s = look()
             # Hold nothing while asleep.
             del look
-            self._wakes.wait(nap_s)
-            self._wakes.clear()
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=nap_s)
+                while True:
+                    self._wakes.get_nowait()

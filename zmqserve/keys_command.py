@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import certificate
-from .certificate import PUBLIC_SUFFIX, SECRET_SUFFIX, Unreadable
+from .certificate import NAMED, PUBLIC_SUFFIX, SECRET_SUFFIX, Unreadable
 from .errors import InvalidParameter
 from .keyring import CLIENTS_PORT, FOLDERS, RULES, WORKERS_PORT, Keyring
 from .terminal import printing, table
@@ -66,22 +66,46 @@ def allow(args: argparse.Namespace) -> int:
 
 
 def revoke(args: argparse.Namespace) -> int:
-    """Let a key in no more, and end what it does. In a folder that has faults, too."""
+    """Let a key in no more, and end what it does: every file that holds it is removed. In a folder that has faults, too."""
     name = certificate.checked_name(args.name)
-    gone = False
-    for role, place in FOLDERS.items():
-        path = args.folder / place / (name + PUBLIC_SUFFIX)
+    files, faults = _files(args.folder)
+    named = [path for path in files if path.name == name + PUBLIC_SUFFIX]
+    if not named and not faults:
+        raise InvalidParameter(f"{args.folder} allows no key of the name {name}: see `zmqserve keys list`", data={"parameter": "name"})
+    keys: set[str] = set().union(*(files[path] for path in named))
+    roles = {place: role for role, place in FOLDERS.items()}
+    for path in (*named, *(path for path in files if path not in named and files[path] & keys)):
         try:
-            path.unlink()
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            faults.append(f"cannot remove {path}: {error.strerror or error}")
+        else:
+            print(f"{roles[path.parent.name]} {name} is revoked" if path in named else f"{path} held the same key: removed, too")
+    if faults:
+        raise InvalidParameter(f"the key of {name} may still be allowed: {'; '.join(faults)}", data={"parameter": "name"})
+    return 0
+
+
+def _files(folder: Path) -> tuple[dict[Path, set[str]], list[str]]:
+    """The files that may allow a key, each with what it calls public keys, and what cannot be read."""
+    files: dict[Path, set[str]] = {}
+    faults: list[str] = []
+    for place in FOLDERS.values():
+        try:
+            paths = [folder / place / name for name in sorted(os.listdir(folder / place)) if NAMED.fullmatch(name)]
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise InvalidParameter(f"cannot remove {path}: {error.strerror or error}", data={"parameter": "name"}) from None
-        print(f"{role} {name} is revoked")
-        gone = True
-    if not gone:
-        raise InvalidParameter(f"{args.folder} allows no key of the name {name}: see `zmqserve keys list`", data={"parameter": "name"})
-    return 0
+            faults.append(f"cannot list {folder / place}: {error.strerror or error}")
+            continue
+        for path in paths:
+            files[path] = set()
+            try:
+                if path.is_file():
+                    files[path] = certificate.public_keys(path.read_bytes().decode(errors="replace"))
+            except OSError as error:
+                faults.append(f"cannot read {path}: {error.strerror or error}")
+    return files, faults
 
 
 def show(args: argparse.Namespace) -> int:

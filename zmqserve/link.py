@@ -3,7 +3,7 @@
 ::
 
     registering ──WELCOME──> registered ──REREGISTER, broken connection, fresh socket──> registering
-         └──REFUSED, for good──> refused                             close() from anywhere ──> closed
+         └──REFUSED, for good──> refused ──ask_again()──> registering      close() from anywhere ──> closed
 
 `silent` is beside these: the controller's lease ended. What runs for it runs on and its frames wait, until it is heard again
 (then they leave) or a WELCOME or REREGISTER says that it no longer knows them (then they are dropped).
@@ -98,6 +98,7 @@ class ControllerLink:
         self._asked_s = inf
         self._fresh_s = now
         self._shut_out = False
+        self._renews = False
         self._ready_changed = False
         self._unanswered = 0
         self._readies = 0
@@ -123,7 +124,7 @@ class ControllerLink:
         if now - self._asked_s > self._lease.ttl_s / 2:
             # This process was stopped for a while: what the controller said meanwhile is still in the socket.
             self._lease.heard_s = max(self._lease.heard_s, now)
-        if now >= self._due_s:
+        if now >= self._due_s and not self._renews:
             if self.state == "registered":
                 self._beat(now)
             else:
@@ -133,11 +134,7 @@ class ControllerLink:
             self._host.changed(self)
         fresh_s = self._fresh_due_s()
         if now >= fresh_s:
-            self._unregister("registering")
-            self._host.fresh_socket(self)
-            self._shut_out = False
-            self._register(now)
-            self._fresh_s = now + self._fresh_gap_s()
+            self._replace(now)
             fresh_s = self._fresh_due_s()
         self._asked_s = min(self._due_s, fresh_s, inf if self.silent else self._lease.ends_s)
         return self._asked_s
@@ -163,6 +160,26 @@ class ControllerLink:
             self._shut_out = True
             self._fresh_s = now + (gap_s := self._fresh_gap_s())
             self._refused(now, Refused(Unauthenticated.code, why, round(gap_s * 1000)))
+
+    def give_up(self, now: float) -> None:
+        """The controller takes too little: what runs for it is lost to it, as by a break, and the next `tick` asks for a fresh connection.
+
+        Not at once: this may be called while the connection is being read.
+        """
+        if self.state in ("registering", "registered"):
+            self._renews = True
+            self.disconnected(now)
+
+    def ask_again(self, now: float) -> None:
+        """After a refusal for good: register once more in some seconds, on a fresh connection. What became of the old one is not known."""
+        if self.state == "refused":
+            self.state = "registering"
+            self.refusal = None
+            self._readies = 0
+            self._due_s = inf
+            self._shut_out = True
+            # Of two that refuse each other one shall be first.
+            self._fresh_s = self._lease.heard_s = now + self._fresh_gap_s()
 
     def others_changed(self, now: float) -> None:
         """The worker's load for other controllers changed: say so soon."""
@@ -290,6 +307,8 @@ class ControllerLink:
     def _fresh_due_s(self) -> float:
         """When to replace the connection, if nothing is heard until then."""
         heard_s, ttl_s = self._lease.heard_s, self._lease.ttl_s
+        if self._renews:
+            return -inf
         if self._draining:
             return inf
         if self._shut_out:
@@ -299,6 +318,19 @@ class ControllerLink:
             return max(self._fresh_s, heard_s + INPROC_FRESH_TTLS * ttl_s) if self.blocked else inf
         # Behind a pipe that takes nothing is either no connection, which libzmq keeps trying, or a queue that is full.
         return inf if self.blocked else max(self._fresh_s, heard_s + SILENT_TTLS * ttl_s)
+
+    def _replace(self, now: float) -> None:
+        """Register on a fresh connection. Where none is to be had this one is kept, with all that it may still be good for, and it is tried
+        again after a while."""
+        self._fresh_s = now + self._fresh_gap_s()
+        self._renews = False
+        try:
+            self._host.fresh_socket(self)
+        except OSError:
+            return
+        self._shut_out = False
+        self._unregister("registering")
+        self._register(now)
 
     def _fresh_gap_s(self) -> float:
         return REGISTER_RETRY_S if self._inproc else self._random.uniform(*FRESH_SOCKET_S)

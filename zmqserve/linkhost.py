@@ -32,7 +32,7 @@ class LinkHost(Protocol):
         """A controller wants the worker to finish and leave."""
 
     def fresh_socket(self, link: ControllerLink) -> None:
-        """Replace the connection."""
+        """Replace the connection. Called by `link.tick` only. Raises OSError where no socket is to be had, and has kept the old one."""
 
     def changed(self, link: ControllerLink) -> None:
         """`link.state` or `link.silent` has changed, what was announced is taken (`link.known`), or a registration was refused for

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from random import Random
 from typing import Any
 
@@ -21,7 +21,8 @@ POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 class LinkPort:
     """Its owner polls what `polled` names and gives what came of it to `serve`; it ticks `link` and calls `close` at the end.
 
-    All in one thread. `host` calls `fresh_socket` when its link asks for one. Raises InvalidEndpoint.
+    All in one thread. `host` calls `fresh_socket` when its link asks for one, `report` gets a line when there is none. Raises
+    InvalidEndpoint.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class LinkPort:
         ttl_s: float,
         random: Random,
         now: float,
+        report: Callable[..., None],
     ) -> None:
         self.endpoint = endpoint
         self._context = context
         self._limits = limits
         self._credentials = credentials
+        self._report = report
+        self._wants = False
         self._open()
         self.link = ControllerLink(endpoint, host, self._try_send, ttl_s=ttl_s, random=random, now=now)
 
@@ -47,16 +51,18 @@ class LinkPort:
         return f"LinkPort({self.link!r})"
 
     def _open(self) -> None:
+        """Begin a connection, beside the one that there may be."""
         curve = self._credentials.curve(self.endpoint)
-        self._socket = dealer(self._context, self._limits, immediate=True, curve=curve)
-        self._handshakes = Handshakes(WORKERS_DOMAIN, with_key=curve is not None)
-        self._monitor = Monitor(self._socket, self._handshakes.tell)
-        try:
-            connect(self._socket, self.endpoint)
-        except BaseException:
-            self._close(0)
-            raise
-        self._recv, self._send = raw_calls(self._socket)
+        handshakes = Handshakes(WORKERS_DOMAIN, with_key=curve is not None)
+        with ExitStack() as opened:
+            socket = dealer(self._context, self._limits, immediate=True, curve=curve)
+            opened.callback(socket.close, linger=0)
+            monitor = Monitor(socket, handshakes.tell)
+            opened.callback(monitor.close)
+            connect(socket, self.endpoint)
+            opened.pop_all()
+        self._socket, self._handshakes, self._monitor = socket, handshakes, monitor
+        self._recv, self._send = raw_calls(socket)
 
     def _try_send(self, head: bytes, payload: bytes) -> bool:
         # When the connection breaks between the two, the second says so; libzmq has forgotten the first.
@@ -86,15 +92,25 @@ class LinkPort:
         return broken
 
     def fresh_socket(self) -> None:
-        """Replace the connection."""
-        self._close(0)
-        self._open()
+        """Replace the connection. Raises OSError where the process or the context can have no more sockets: then the old one is kept."""
+        before = self._monitor, self._socket
+        try:
+            self._open()
+        except zmq.ContextTerminated:
+            raise
+        except zmq.ZMQError as error:
+            if not self._wants:  # once, however often it is tried
+                self._wants = True
+                self._report("no fresh connection", level="warning", endpoint=self.endpoint, why=error.strerror)
+            raise OSError(error.errno, error.strerror) from None
+        self._wants = False
+        _close(*before, 0)
 
     def close(self, linger_ms: int) -> None:
         """Say goodbye and let go of the connection; what was sent before has `linger_ms` to leave."""
         with suppress(zmq.ZMQError):
             self.link.close()
-        self._close(linger_ms)
+        _close(self._monitor, self._socket, linger_ms)
 
     def _receive(self, now: float, most: int) -> None:
         """Each message is two frames, its end looked for in every one: another number must not shift those that follow."""
@@ -112,6 +128,7 @@ class LinkPort:
             else:
                 self.link.bad_frames += 1
 
-    def _close(self, linger_ms: int) -> None:
-        self._monitor.close()
-        self._socket.close(linger=linger_ms)
+
+def _close(monitor: Monitor, socket: zmq.Socket[bytes], linger_ms: int) -> None:
+    monitor.close()
+    socket.close(linger=linger_ms)

@@ -40,7 +40,11 @@ FRAMES = 1024
 """The engine's messages that may wait for this thread: beyond so many generation pauses. With fewer an engine as fast as the sockets
 pauses all the time; with more its tokens come late."""
 LINGER_MS = 500
-"""How long the last frames may take to leave when the worker ends."""
+"""How long the last frames may take to leave when the worker ends; after a drain as long as its grace lasts."""
+MOST_LINGER_S = 1e6
+"""libzmq takes no more than 2**31 ms."""
+LOOK_S = 0.05
+"""How soon one that waits for that heeds that it is to end now."""
 
 
 class LinkThread(threading.Thread):
@@ -84,6 +88,7 @@ class LinkThread(threading.Thread):
                     ttl_s=config.ttl_s,
                     random=Random(),
                     now=now,
+                    report=self._report,
                 )
                 self._ports[port.link] = port
                 self.workload.add(port.link)
@@ -118,6 +123,9 @@ class LinkThread(threading.Thread):
         """Run it on this thread."""
         self._calls.append(function)
         self.wake()
+
+    def _report(self, event: str, level: str = "info", **fields: object) -> None:
+        getattr(log, level)(event, worker=self._worker.name, **fields)
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -181,9 +189,29 @@ class LinkThread(threading.Thread):
                     self._hand(lane.relieved)
 
     def _close(self) -> None:
-        for port in self._ports.values():
-            port.close(LINGER_MS)
+        lingers_ms = [self._linger_ms(port.link) for port in self._ports.values()]
+        for port, linger_ms in zip(self._ports.values(), lingers_ms, strict=True):
+            port.close(linger_ms)
+        if self._own_context and max(lingers_ms, default=0) > LINGER_MS:
+            self._let_leave()
+        elif self._own_context:
+            self._zmq_context.term()
         self._bell.close()
         self._ring.close()
-        if self._own_context:
-            self._zmq_context.term()
+
+    def _linger_ms(self, link: ControllerLink) -> int:
+        """What is finished should reach whoever waits for it, however slow the link."""
+        workload = self.workload
+        if workload.ending or workload.state != "draining" or link.state != "registered" or link.silent:
+            return LINGER_MS
+        left_s = workload.drain_ends_s - time.monotonic()
+        return max(LINGER_MS, ceil(1000 * min(left_s, MOST_LINGER_S)))
+
+    def _let_leave(self) -> None:
+        """Wait until all has left, or its time is up; not if it is to end now."""
+        leaving = threading.Thread(target=self._zmq_context.term, name=f"{self._worker.name} leaves", daemon=True)
+        leaving.start()
+        while leaving.is_alive() and not self.workload.ending:
+            leaving.join(LOOK_S)
+            while self._calls:
+                self._calls.popleft()()

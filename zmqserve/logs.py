@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import io
 import logging
 import select
 import sys
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import msgspec
 import structlog
+
+from .terminal import escaped
 
 MOST_LINES = 10_000
 CLOSE_S = 1.0
@@ -64,7 +67,8 @@ def _quiet() -> Any:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(),
-            structlog.processors.format_exc_info,
+            _printable,
+            structlog.processors.ExceptionRenderer(_traceback),
             structlog.processors.LogfmtRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
@@ -139,26 +143,37 @@ def _batches(lines: list[bytes]) -> Iterator[bytes]:
         yield b"".join(batch)
 
 
+_configured: list[Lines] = []
+
+
+def finish() -> None:
+    """Give lines that wait a moment to leave: for who ends the process past Python's own exit."""
+    for lines in _configured:
+        lines.close()
+
+
 def configure(level: str = "info", as_json: bool | None = None) -> None:
     """Log to standard error. `as_json` None: JSON unless standard error is a terminal. `level` is one of LEVELS."""
     if as_json is None:
         as_json = not sys.stderr.isatty()
     lines = Lines(sys.stderr.buffer)
+    _configured.append(lines)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if as_json else "%H:%M:%S", utc=as_json),
     ]
     if as_json:
+        json = _json_on_a_terminal if sys.stderr.isatty() else _json
         structlog.configure(
-            processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=_json)],
+            processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(serializer=json)],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
             logger_factory=structlog.BytesLoggerFactory(cast("BinaryIO", lines)),
             cache_logger_on_first_use=True,
         )
     else:
         structlog.configure(
-            processors=[*shared, _printable, structlog.dev.ConsoleRenderer(pad_event_to=18)],
+            processors=[*shared, _printable, structlog.dev.ConsoleRenderer(pad_event_to=18, exception_formatter=_add_traceback)],
             wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
             logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
             cache_logger_on_first_use=True,
@@ -170,5 +185,21 @@ def _printable(_logger: object, _method: str, line: structlog.typing.EventDict) 
     return {name: repr(value) if isinstance(value, str) and not value.isprintable() else value for name, value in line.items()}
 
 
+def _traceback(exc_info: structlog.typing.ExcInfo) -> str:
+    """Of an exception, whose own text peers may have chosen, and without the values of locals: prompts are among them."""
+    file = io.StringIO()
+    structlog.dev.plain_traceback(file, exc_info)
+    return escaped(file.getvalue().strip("\n"))
+
+
+def _add_traceback(file: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    # structlog's own choice is rich's where that is installed, which shows locals.
+    file.write("\n" + _traceback(exc_info))
+
+
 def _json(event: object, **_: object) -> bytes:
     return msgspec.json.encode(event, enc_hook=repr)
+
+
+def _json_on_a_terminal(event: object, **_: object) -> bytes:
+    return escaped(_json(event).decode()).encode()

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from . import messages as m
 from .access import UNREAD, Access
-from .bounds import Offers, check_offer
+from .bounds import Offers, check_offer, check_routing_id
 from .config import ControllerConfig
 from .delivery import GONE, SENT
-from .endings import count_error
+from .endings import BROKE_PROTOCOL, REFUSED, count_error
 from .errors import MalformedMessage, ProtocolMismatch, RequestError, ZmqserveError
+from .flight import Flight
 from .flights import Flights
 from .liveness import BEATS_PER_TTL, Agenda, Timer
 from .pool import Pool
@@ -70,6 +71,8 @@ class Membership:
         try:
             self._offers.take(now, identity, len(payload))
             ready = m.read(self._readies, payload)
+            if user is not None:
+                check_routing_id(identity)
             key = self._access.worker(user, ready.name, ready.models) if self._access is not None and user is not None else ""
             check_offer(self.config, self.registry, ready, new=known is None)
             self._check_ready(now, identity, ready)
@@ -82,7 +85,7 @@ class Membership:
             refused = m.Refused(error.code, error.message, error.retry_after_ms)
             self._send_worker(identity, m.encode(m.ControllerHead(m.REFUSED, 0)), m.encode(refused))
             if known is not None:
-                self.lose(known, f"refused: {error.message}", now, clean=True)
+                self.lose(known, f"refused: {error.message}", now, clean=True, told=REFUSED)
             return
         if known is not None and update:
             self._update(now, known, ready)
@@ -94,13 +97,14 @@ class Membership:
             return
         told = self._told.pop(identity, None)
         if (told is not None and told[2]) or (known is not None and known.stalled_s is not None):
-            worker.stalled_s = now  # its engine hung a moment ago: no work before a heartbeat says that it steps
+            worker.stalled_s = worker.hung_s = now  # its engine hung a moment ago: no work before a heartbeat says that it steps
         self.registry.add(worker)
         worker.timers = [
             self.agenda.at(now + self._beat_s, lambda now: self._beat(worker, now)),
             self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now)),
         ]
         for pool in worker.pools:
+            self.flights.heed_aliases(pool)
             self.look_after(pool, now)
         self._report(
             "worker came", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
@@ -110,7 +114,12 @@ class Membership:
     def _update(self, now: float, worker: Worker, ready: m.Ready) -> None:
         """It offers something else than before: what runs on it runs on, under the same epoch."""
         left = self.registry.update(worker, ready)
+        worker.lease.heard_s = now
+        if worker.lease.ends_s < worker.timers[1].when_s:
+            worker.timers[1].cancel()
+            worker.timers[1] = self.agenda.at(worker.lease.ends_s, lambda now: self._check_lease(worker, now))
         for pool in (*left, *worker.pools):
+            self.flights.heed_aliases(pool)
             self.look_after(pool, now)
         self._report(
             "worker changed", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
@@ -161,8 +170,13 @@ class Membership:
             return
         freed = worker.report(load)
         hung = load.running > 0 and load.step_age_ms > self.config.stall_s * 1000
+        if hung and worker.hung_s is None:
+            worker.hung_s = now
+        elif worker.hangs and not hung and load.running > 0:
+            self.registry.steps(worker)
+        worker.hangs = hung
         if hung and worker.stalled_s is None:
-            worker.stalled_s = now
+            worker.stalled_s = worker.hung_s  # one that has made nothing since it hung before is given up the sooner
             self.counters["stalled"] += 1
             self._report("worker stalled", worker=worker.name, why=f"its engine has not stepped for {load.step_age_ms / 1000:.1f} s")
             self.registry.touch(worker)
@@ -175,8 +189,14 @@ class Membership:
             self.registry.touch(worker)
             self.flights.feed(worker, now)
 
+    def let_go(self, worker: Worker, flight: Flight) -> None:
+        """A stalled worker has ended this: if that was the last that it was told to cancel, it is none any more. Of an engine that hangs
+        this tells nothing."""
+        if worker.hung_s is None and not any(other.ending for other in worker.flights.values() if other is not flight):
+            self.unstall(worker)
+
     def unstall(self, worker: Worker) -> None:
-        """Its engine steps again."""
+        """Its engine steps again, or hangs on nothing that anybody waits for."""
         worker.stalled_s = None
         self._report("worker recovered", worker=worker.name)
         self.registry.touch(worker)
@@ -247,41 +267,52 @@ class Membership:
         self.counters["worker violations"] += 1
         worker = self.registry.workers.get(identity)
         if worker is not None:
-            self.fence(worker, what, now)
+            self.fence(worker, what, now, told=BROKE_PROTOCOL)
 
-    def fence(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
-        """Give up a worker that lives: its epoch is void from here on, and it must register again. `clean`: as for `lose`."""
-        self.lose(worker, why, now, clean=clean)
+    def fence(self, worker: Worker, why: str, now: float, *, clean: bool = False, told: str = "") -> None:
+        """Give up a worker that lives: its epoch is void from here on, and it must register again. `clean` and `told`: as for `lose`."""
+        self.lose(worker, why, now, clean=clean, told=told)
         self.tell_to_register(now, worker.identity, stalled=worker.stalled_s is not None)
 
-    def lose(self, worker: Worker, why: str, now: float, *, clean: bool = False) -> None:
-        """Forget a worker and move or end its flights; `clean`: not for what it did or what ran on it. Harmless when it is forgotten."""
+    def lose(self, worker: Worker, why: str, now: float, *, clean: bool = False, told: str = "") -> None:
+        """Forget a worker and move or end its flights; `clean`: not for what it did or what ran on it. Harmless when it is forgotten.
+
+        Clients whose requests end with it are `told` that, where `why` is not for them.
+        """
         if self.registry.workers.get(worker.identity) is not worker:
             return
         pools = self.registry.remove(worker)
         self.drop_outbox(worker.identity)
         self.counters["workers left" if clean else "workers lost"] += 1
         self._report("worker gone", worker=worker.name, why=why, running=len(worker.flights))
-        self.flights.give_up_worker(worker, why, now, clean=clean)
+        self.flights.give_up_worker(worker, told or why, now, clean=clean)
         for pool in pools:
             self.look_after(pool, now)
 
     def look_after(self, pool: Pool, now: float) -> None:
         """While nobody can answer what waits in a pool, that waits for a grace time only, and so does a pool without workers."""
+        pool.note_orphans(now)
+        since_s = min(pool.orphans.values(), default=None)
+        if pool.empty_s is not None:
+            since_s = pool.empty_s if since_s is None else min(since_s, pool.empty_s)
+        due_s = None if since_s is None else since_s + self.config.orphan_grace_s
+        timer = pool.orphan_timer
+        if timer is not None and timer.when_s != due_s:
+            timer.cancel()
+            timer = None
+        if timer is None and due_s is not None:
+            timer = self.agenda.at(due_s, lambda now: self._nobody_came(pool, now))
+        pool.orphan_timer = timer
 
-        def nobody_came(now: float) -> None:
-            pool.orphan_timer = None
-            self.flights.fail_waiting(pool, now)
-            if pool.workers:
-                return
-            if pool.running:  # on a worker that has left this model and still answers: it may come back here, to wait for another
-                self.look_after(pool, now)
-            else:
+    def _nobody_came(self, pool: Pool, now: float) -> None:
+        """What has waited for its grace time ends, and so does a pool that was without workers for as long."""
+        pool.orphan_timer = None
+        pool.note_orphans(now)
+        grace_s = self.config.orphan_grace_s
+        self.flights.fail_waiting(pool, frozenset(need for need, since_s in pool.orphans.items() if since_s + grace_s <= now), now)
+        if pool.empty_s is not None and pool.empty_s + grace_s <= now:
+            if not pool.running:
                 self.registry.discard(pool)
-
-        if not pool.workers or any(pool.hopeless(need) for need in pool.waiting.needs()):
-            if pool.orphan_timer is None:
-                pool.orphan_timer = self.agenda.at(now + self.config.orphan_grace_s, nobody_came)
-        elif pool.orphan_timer is not None:
-            pool.orphan_timer.cancel()
-            pool.orphan_timer = None
+                return
+            pool.empty_s = now  # what runs on a worker that has left this model may come back here, to wait for another
+        self.look_after(pool, now)

@@ -145,6 +145,7 @@ class ModelCard(_Map, omit_defaults=True):
     how an answer goes on elsewhere, by parameter that is not at its default (``greedy`` for temperature 0, ``sampling`` above it
     without a seed): ``exact``, ``approximate`` or ``refused``; exact for what is not named.
     `slots`: how many of the worker's slots the model may have at a time; None: all of them.
+    `fingerprints`: others beside `fingerprint` that workers below have, where the worker is a controller.
     """
 
     name: Name
@@ -157,6 +158,7 @@ class ModelCard(_Map, omit_defaults=True):
     source: str = ""
     resume: dict[Label, Label] = {}
     slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)] | None = None
+    fingerprints: Names = []
 
 
 class Limits(_Map, omit_defaults=True):
@@ -208,7 +210,7 @@ class ModelStatus(_Map):
 
 class ControllerStatus(_Map):
     """A controller's whole state, as `zmqserve status` shows it. `counters` only ever rise. `key`: the name of the asker's key. One that
-    is no admin's is shown its own requests and the models that it may use, and no counters."""
+    is no admin's is shown its own requests and the models that it may use, with their load, and no counters."""
 
     controller: str
     version: str
@@ -531,7 +533,7 @@ class WorkerWelcome(_Array):
 
 
 class Refused(_Array):
-    """Payload of REFUSED. With `retry_after_ms` the worker may try again, without it must not."""
+    """Payload of REFUSED. With `retry_after_ms` the worker may try again, without it must not with this offer."""
 
     code: int
     why: str

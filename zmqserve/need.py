@@ -13,6 +13,7 @@ SLOTTED = frozenset({"generate", "embed"})
 class Need(NamedTuple):
     """What a request asks of a worker: a verb and, when it resumes, a fingerprint.
 
+    `alias`: the name that it calls the model by, where not all of the model's workers know that.
     `trial`: it has lost a worker and may be what killed it. Those who come from one dead worker would meet on the next, and the one
     that kills take the others with it once more: so a worker tries one such request at a time, until its first chunk (several, when
     very many wait).
@@ -21,6 +22,7 @@ class Need(NamedTuple):
     verb: str
     fingerprint: str | None = None
     trial: bool = False
+    alias: str | None = None
 
     @property
     def slotted(self) -> bool:
@@ -30,4 +32,5 @@ class Need(NamedTuple):
     def met_by(self, card: ModelCard) -> bool:
         """Whether the model, as offered by one worker, can do it."""
         able = self.verb in card.verbs or (self.verb == "generate" and "chat" in card.verbs)
-        return able and self.fingerprint in (None, card.fingerprint)
+        named = self.alias is None or self.alias in card.aliases
+        return able and named and (self.fingerprint in (None, card.fingerprint) or self.fingerprint in card.fingerprints)

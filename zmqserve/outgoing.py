@@ -75,9 +75,12 @@ class Outgoing:
 
 
 def encoded(request: ClientRequest) -> bytes:
-    """A request's bytes; InvalidParameter for a text that has none."""
+    """A request's bytes; InvalidParameter for what has none."""
     try:
         return encode(request)
     except UnicodeEncodeError as error:
         what = f"a text holds {error.object[error.start : error.end]!r}, which is no character (a lone surrogate)"
         raise InvalidParameter(what, data={"parameter": "prompt"}) from None
+    except TypeError as error:
+        # Of a type derived from one that was checked; elsewhere requests.exact has made it plain.
+        raise InvalidParameter(f"a value in params cannot be sent: {error}", data={"parameter": "params"}) from None

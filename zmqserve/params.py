@@ -18,6 +18,8 @@ from .errors import InvalidParameter
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOTAL = 8192
+"""Characters of all of them: a worker needs some hundred bytes for each."""
 
 
 class _Range(NamedTuple):
@@ -79,7 +81,7 @@ class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_u
     min_p: 0 to 1: only tokens at least so likely as this part of the likeliest one's probability. 0: all.
     presence_penalty, frequency_penalty: -2 to 2, taken off the logits of tokens that the answer has; the second once for each time.
     repetition_penalty: above 0, at most 100: logits of tokens that prompt or answer have are divided by it (multiplied, below 0). 1: none.
-    stop: at most 64 texts of 1 to 1024 characters that end the answer and are not part of it.
+    stop: at most 64 texts of 1 to 1024 characters, 8192 in all, that end the answer and are not part of it.
     stop_token_ids: at most 1024 ids that end the answer, and are not part of its text.
     seed: 0 to 2**63 - 1; the same request with the same seed has the same answer, alone in its batch. None: another each time.
     n: how many answers to the prompt (1 to 128).
@@ -114,10 +116,12 @@ class SamplingParams(Struct, frozen=True, gc=False, omit_defaults=True, forbid_u
     def __post_init__(self) -> None:
         _check_scalars(self)
         stop = self.stop
-        if stop != [] and (not isinstance(stop, list) or len(stop) > MAX_STOP_STRINGS or not all(_is_stop(text) for text in stop)):
+        if not isinstance(stop, list) or (stop and (len(stop) > MAX_STOP_STRINGS or not all(_is_stop(text) for text in stop))):
             raise invalid("stop", stop, f"a list of at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+        if stop and (total := sum(map(len, stop))) > MAX_STOP_TOTAL:
+            raise invalid("stop", stop, f"at most {MAX_STOP_TOTAL} characters long in all ({total} are given)")
         ids = self.stop_token_ids
-        if ids != [] and (not isinstance(ids, list) or len(ids) > 1024 or not all(type(i) is int and 0 <= i < 2**32 for i in ids)):
+        if not isinstance(ids, list) or (ids and (len(ids) > 1024 or not all(type(i) is int and 0 <= i < 2**32 for i in ids))):
             raise invalid("stop_token_ids", ids, "a list of at most 1024 token ids (0 to 2**32 - 1)")
         if self.guided is not None and not isinstance(self.guided, Guided):
             raise invalid("guided", self.guided, "a Guided")

@@ -29,7 +29,9 @@ class Parents:
             keys = Credentials(config.parent_key, config.parent_controller_key, config.parents, prefix="parent_")
             for endpoint in config.parents:
                 uplink = Uplink(broker, name, report=report, now=now)
-                port = LinkPort(context, endpoint, limits, uplink, credentials=keys, ttl_s=config.ttl_s, random=random, now=now)
+                port = LinkPort(
+                    context, endpoint, limits, uplink, credentials=keys, ttl_s=config.ttl_s, random=random, now=now, report=report
+                )
                 uplink.attach(port.link, renew=port.fresh_socket)
                 self._pairs.append((uplink, port))
         except BaseException:

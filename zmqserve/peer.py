@@ -70,7 +70,7 @@ class Owner(Protocol):
 class Peer:
     """One controller at a time, of those at `endpoints`; see Session for the times.
 
-    `lost_s`: since when there has been none that stayed. `tried`: endpoints that have not answered since.
+    `lost_s`: since when there has been none that stayed. `tried`: endpoints that have not answered since, on new connections.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Peer:
         self._ttl_s, self._connect_timeout_s = ttl_s, connect_timeout_s
         self._hello = encode(Hello(PROTOCOL, name))
         self._hello_waits = False
+        self._on_old = False
         self._ping = b""
         self._pings = self._pongs = 0
         self._at = 0
@@ -131,7 +132,7 @@ class Peer:
 
     def round_ends(self, now: float) -> int:
         """What `tried` will be when, from now on, each endpoint has had its whole time."""
-        begun = self.state is State.GREETING and self._greeted_s < now
+        begun = self.state is State.GREETING and not self._on_old and self._greeted_s < now
         return self.tried + len(self.endpoints) + begun
 
     def greet(self, now: float, *, fresh: bool) -> None:
@@ -143,7 +144,7 @@ class Peer:
         if fresh or not self._wire.send(self._hello):
             self._connect(now)
         else:
-            self._expect_welcome(now)
+            self._expect_welcome(now, on_old=True)
 
     def watch(self, now: float) -> None:
         """Begin to expect answers: it has until a ttl from now."""
@@ -247,21 +248,23 @@ class Peer:
         self.flush()
         self._expect_welcome(now)
 
-    def _expect_welcome(self, now: float) -> None:
+    def _expect_welcome(self, now: float, *, on_old: bool = False) -> None:
         self.state = State.GREETING
-        self._greeted_s = now
+        self._greeted_s, self._on_old = now, on_old
         self._greeting = self._agenda.at(now + self._connect_timeout_s, self._unanswered)
 
     def _unanswered(self, now: float) -> None:
         self._refusals.pop(self._at, None)
-        self._next(now)
+        # What was silent for long may lead nowhere any more without anybody having been told, and its controller be well.
+        self._next(now, counts=not self._on_old)
 
-    def _next(self, now: float) -> None:
-        """Nobody answered at this endpoint: try the next, as long as anybody wants a controller."""
+    def _next(self, now: float, *, counts: bool = True) -> None:
+        """Nobody answered at this endpoint: try the next, as long as anybody wants a controller. `counts`: that it was tried."""
         self._stop()
-        self.tried += 1
         self._at = (self._at + 1) % len(self.endpoints)
-        self._owner.on_unanswered(now, next(iter(self._refusals.values()), self._unreachable))
+        if counts:
+            self.tried += 1
+            self._owner.on_unanswered(now, next(iter(self._refusals.values()), self._unreachable))
         if self._owner.wanted:
             self._dial(now)
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeAlias, TypeVa
 import zmq
 
 from .answering import Answering, completed
-from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions
+from .asking import Ask, Asking, ClientOptions, EmbedOptions, GenerateOptions, vectors_asked
 from .call import Call
 from .draining import Draining
 from .driven import Driven
@@ -184,9 +184,11 @@ class PolledClient(OneProcess):
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no new requests from now on; what is still open after `timeout_s` is cancelled. Returns at once, whether all have ended:
-        go on with `process` until it does, then close."""
+        go on with `process` until it does, then close. Of several `timeout_s` the one that ends first counts."""
         if self._draining is None:
             self._draining = self._driven.drain(timeout_s)
+        else:
+            self._driven.close_within(timeout_s)
         return self._draining.ready
 
     def close(self) -> None:
@@ -225,8 +227,8 @@ class PolledClient(OneProcess):
 
     def embed(self, model: str, texts: Sequence[str], **options: Unpack[EmbedOptions]) -> Pending[Array]:
         """One vector per text: a float32 array of shape (texts, dimensions). Options as in Client.embed."""
-        count = len(texts)
-        return self._pending(self._asking.embed(model, texts, options), lambda end: array_of(end, count))
+        ask = self._asking.embed(model, texts, options)
+        return self._pending(ask, lambda end: array_of(end, vectors_asked(ask)))
 
     def count_tokens(self, model: str, prompt: str | Sequence[Turn], *, timeout_s: float | None = None) -> Pending[int]:
         """How many tokens a prompt or conversation is, special tokens and chat template included."""

@@ -11,7 +11,7 @@ from .dispatch import Affinity, Allowed, Policy
 from .liveness import Timer
 from .messages import ModelCard
 from .need import Need
-from .waiting import WaitingRoom
+from .waiting import FairQueue, WaitingRoom
 
 if TYPE_CHECKING:
     from .registry import Worker
@@ -39,8 +39,17 @@ class Pool:
         self.card = ModelCard(model)
         """As its first ready worker offers it (or a loading one, or the last that there was)."""
         self.aliases: frozenset[str] = frozenset()
+        self.partial: frozenset[str] = frozenset()
+        """Those of its aliases that not all of its workers know."""
+        self.unheeded: frozenset[str] = frozenset()
+        """Aliases that all knew, and not all do any more; what asked by one of these before does not say so yet (Need.alias)."""
         self.running = 0
         self.orphan_timer: Timer | None = None
+        self.orphans: dict[Need, float] = {}
+        """Since when nobody can answer what waits, by need, as `note_orphans` has found it."""
+        self.empty_s: float | None = None
+        """Since when there is no worker at all, likewise."""
+        self._orphaned: dict[FairQueue, float] = {}
         self._affinity: Affinity[Worker] | None = None
         self._met: frozenset[Need] = frozenset()
 
@@ -109,6 +118,19 @@ class Pool:
         """Whether no worker there is, loading ones included, will ever meet the need."""
         return not any(self.loads(worker) or need.met_by(worker.cards[self.model]) for worker in self.workers.values())
 
+    def note_orphans(self, now: float) -> None:
+        """Look again at what waits in vain, and whether there are workers. What was found before keeps its time."""
+        began_s = now if self.empty_s is None else self.empty_s
+        self.empty_s = None if self.workers else began_s
+        hopeless = {need: queue for need, queue in self.waiting.queues.items() if self.hopeless(need)}
+        self._orphaned = {queue: self._orphaned.get(queue, began_s) for queue in hopeless.values()}
+        self.orphans = {need: self._orphaned[queue] for need, queue in hopeless.items()}
+
+    def has_hope(self, need: Need, avoid: frozenset[str]) -> bool:
+        """Whether a worker that may get work now meets the need, free or not, and is none of those."""
+        others = (worker for worker in self.workers.values() if worker.usable and worker.name not in avoid)
+        return any(need.met_by(worker.cards[self.model]) for worker in others)
+
     def serves(self, worker: Worker, need: Need) -> bool:
         """Whether this worker meets the need, has a slot for this model if it takes one, and may try one more suspect if it is one."""
         able = need.met_by(worker.cards[self.model]) and not (need.slotted and self.free(worker) <= 0)
@@ -160,4 +182,8 @@ class Pool:
         self._met = frozenset(map(Need, verbs))  # what any of them can do needs no check
         if self.workers:
             self.card = min(self.workers.values(), key=self.loads).cards[self.model]
-            self.aliases = frozenset(alias for worker in self.workers.values() for alias in worker.cards[self.model].aliases)
+            known = [frozenset(worker.cards[self.model].aliases) for worker in self.workers.values()]
+            common = self.aliases - self.partial
+            self.aliases = frozenset.union(*known)
+            self.partial = self.aliases - frozenset.intersection(*known)
+            self.unheeded |= common - (self.aliases - self.partial)

@@ -30,6 +30,8 @@ class Worker:
     `shares`: the same for each model that it offers, or that it does not offer any more and still answers. `user` is its key, where it
     has one, and `key` that one's name.
     `watching`: those of its pools that know its load and state as they are, and must be told when they change.
+    `stalled_s`: since when it gets no new work. `hangs`: its last heartbeat says that its engine hangs. `hung_s`: since when, until that
+    has made something again. A worker whose engine has nothing to do can't tell, so it is tried with one request at a time until then.
     """
 
     def __init__(self, identity: bytes, ready: Ready, epoch: int, now: float, user: str | None = None, key: str = "") -> None:
@@ -43,6 +45,8 @@ class Worker:
         self.update(ready)
         self.draining = False
         self.stalled_s: float | None = None
+        self.hung_s: float | None = None
+        self.hangs = False
         self.pools: list[Pool] = []
         self.watching: dict[Pool, None] = {}
         self.timers: list[Timer] = []
@@ -96,11 +100,17 @@ class Worker:
         return now - self.lease.heard_s > QUIET_SHARE * self.lease.ttl_s
 
     @property
+    def trusted(self) -> int:
+        """Of its slots, how many it may get work for at a time."""
+        return self.slots if self.hung_s is None else min(1, self.slots)
+
+    @property
     def free(self) -> int:
         """Slots that dispatch may use now."""
         if self.loading or self.draining or self.stalled_s is not None:
             return 0
-        return max(0, self.slots - self.running - self.others)
+        free = max(0, self.slots - self.running - self.others)
+        return free if self.hung_s is None else min(free, max(0, self.trusted - self.running))
 
     def has_room(self, need: Need) -> bool:
         """Whether it may get one more request of that kind now."""
@@ -128,6 +138,8 @@ class Registry:
         self.pools: dict[str, Pool] = {}
         self.changes = 0
         self.moves = 0
+        self.partial: frozenset[str] = frozenset()
+        """Aliases that not all workers of their models know: who asks by one must be sent to a worker that does."""
         self._aliases: dict[str, str] = {}
         self._new_policy = new_policy
         self._new_waiting = new_waiting
@@ -186,6 +198,8 @@ class Registry:
     def discard(self, pool: Pool) -> None:
         """Forget a model that has neither workers nor waiting requests."""
         del self.pools[pool.model]
+        if pool.orphan_timer is not None:
+            pool.orphan_timer.cancel()
         self._name_aliases()
 
     def find(self, model: str) -> Pool | None:
@@ -225,6 +239,11 @@ class Registry:
             worker.others = max(worker.others, worker.slots - worker.running)
         self.touch(worker)
 
+    def steps(self, worker: Worker) -> None:
+        """Its engine has made something: it does not hang, or no more."""
+        worker.hung_s = None
+        self.touch(worker)
+
     def touch(self, worker: Worker) -> None:
         """Its load or state has changed: tell the pools that have not heard yet."""
         self.moves += 1
@@ -237,3 +256,4 @@ class Registry:
         self.changes += 1
         self.moves += 1
         self._aliases = {alias: pool.model for pool in self.pools.values() for alias in pool.aliases}
+        self.partial = frozenset(alias for pool in self.pools.values() for alias in pool.partial if self.find(alias) is pool)

@@ -31,6 +31,10 @@ TURN_S = 0.02
 """After so long the other socket has its turn, however much waits at this one: some messages cost more than others."""
 GATHERED = 32
 """Messages read before what they gave rise to is sent."""
+GATHERED_BYTES = 2**20
+"""Of clients' messages, the same: reading large ones takes long."""
+MOST_FRAMES = 64
+"""Of what was read out of step: what is behind them cannot be a message of two frames that somebody sent."""
 
 
 def user_of(frame: zmq.Frame) -> str | None:
@@ -96,7 +100,9 @@ class Relay:
                 self.flush(now)
 
     def _read_workers(self, now: float, most: int) -> bool:
-        """Whether there were as many."""
+        """Whether there may be more."""
+        if self.workers.skipping and not self.workers.skip():
+            return True
         recv, send, noblock, sndmore = self.workers.recv, self.clients.send_frame, NOBLOCK, SNDMORE
         outboxes, post = self.clients.outboxes, self.clients.post
         delivery = self.broker.flights.delivery
@@ -124,6 +130,8 @@ class Relay:
             if route is None:
                 self._slow(now, unsure, identity, head, frame)
                 unsure = None
+                if self.workers.skipping:
+                    break
                 continue
             unsure = (identity, payload)
             route.worker.lease.heard_s = now
@@ -168,8 +176,10 @@ class Relay:
         """
         broker = self.broker
         broker.counters["resynchronised"] += 1
-        while self.workers.socket.getsockopt(zmq.RCVMORE):
+        while len(frames) < MOST_FRAMES and self.workers.socket.getsockopt(zmq.RCVMORE):
             frames.append(self.workers.recv(NOBLOCK))
+        if len(frames) >= MOST_FRAMES and self.workers.socket.getsockopt(zmq.RCVMORE):
+            self.workers.skip()
         guilty: bytes | None = None
         if unsure is None or (len(frames) > 1 and self._is_head_of(frames[0], frames[1])):
             guilty = frames[0]  # in step where this message begins: who sent it sent its frames
@@ -210,31 +220,32 @@ class Relay:
             return False
 
     def _read_clients(self, now: float, most: int) -> bool:
-        """Whether there were as many."""
+        """Whether there may be more."""
         clients, take, user_of = self.clients, self.broker.from_client, self._user_of
-        recv = clients.recv
+        recv, left_bytes = clients.recv, GATHERED_BYTES
+        if clients.skipping and not clients.skip():
+            return True
         for _ in range(most):
             try:
                 identity = recv(NOBLOCK)
             except zmq.Again:
                 return False
             frame = recv(NOBLOCK, copy=False)
-            if not frame.more:
-                take(now, (identity,), frame.bytes, user_of(frame))
-                if clients.waiting_bytes > clients.total_bytes:
-                    self._relieve(now)
-                continue
-            envelope: list[bytes] = [identity]
-            fits = True
-            while frame.more:
-                fits = fits and len(envelope) < MAX_ENVELOPE and len(frame) <= MAX_ROUTING_ID
-                if fits:
-                    envelope.append(frame.bytes)
+            envelope: tuple[bytes, ...] = (identity,)
+            while frame.more and len(envelope) < MAX_ENVELOPE and len(frame) <= MAX_ROUTING_ID:
+                envelope = (*envelope, frame.bytes)
                 frame = recv(NOBLOCK, copy=False)
-            if fits:
-                take(now, tuple(envelope), frame.bytes, user_of(frame))
-            else:
+            if frame.more:
                 self.broker.counters["dropped: envelope too large"] += 1
+                if not clients.skip():
+                    return True
+                continue
+            take(now, envelope, frame.bytes, user_of(frame))
+            if clients.waiting_bytes > clients.total_bytes:
+                self._relieve(now)
+            left_bytes -= len(frame)
+            if left_bytes < 0:
+                break
         return True
 
     def _relieve(self, now: float) -> None:

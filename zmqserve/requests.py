@@ -18,6 +18,8 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Turn]
 
 MAX_PRIORITY = 100
 MAX_DEADLINE_MS = 2**53
+_NO_LISTS = (Mapping, bytes, bytearray, memoryview)
+"""They look like lists. The bytes of a text that was not decoded would pass for token ids."""
 
 
 class Sampling(TypedDict, total=False):
@@ -70,11 +72,8 @@ class Routing:
         if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise invalid("priority", priority, f"an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
         self.priority = priority
-        for name, label in (("affinity", affinity), ("trace", trace)):
-            if label is not None and not (isinstance(label, str) and len(label) <= MAX_NAME):
-                raise invalid(name, label, f"a text of at most {MAX_NAME} characters")
-        self.affinity = affinity
-        self.trace = trace
+        self.affinity = None if affinity is None else check_label("affinity", affinity)
+        self.trace = None if trace is None else check_label("trace", trace)
         self.resume = check_switch("resume", resume)
         self.retries = check_count("retries", retries)
 
@@ -107,7 +106,7 @@ def generate(model: str, prompt: Prompt, params: SamplingParams, routing: Routin
 
 def embed(model: str, texts: Sequence[str], params: EmbedParams, routing: Routing) -> Embed:
     """The request for one vector per text."""
-    if isinstance(texts, str | bytes) or not _is_list(texts):
+    if isinstance(texts, str) or not _is_list(texts):
         raise invalid("texts", texts, "a list of texts (put a single one into a list)")
     texts = list(texts)
     for position, text in enumerate(texts):
@@ -121,7 +120,7 @@ def embed(model: str, texts: Sequence[str], params: EmbedParams, routing: Routin
             routing.deadline_ms,
             routing.affinity,
             trace=routing.trace,
-            texts=texts,
+            texts=[exact(text) for text in texts],
             params=params,
         )
     )
@@ -149,7 +148,7 @@ def drain(worker: str, grace_s: float | None) -> Drain:
 
 def conversation(messages: Sequence[Turn]) -> list[ChatMessage]:
     """Messages as the protocol says them. Keys other than role and content would change the answer, so they are not ignored."""
-    if isinstance(messages, str | bytes | Mapping) or not _is_list(messages):
+    if isinstance(messages, str | Mapping) or not _is_list(messages):
         raise invalid("messages", messages, "a list of messages")
     return [_turn(position, turn) for position, turn in enumerate(messages)]
 
@@ -158,7 +157,24 @@ def check_name(what: str, name: object) -> str:
     """`name`, if it can be a model's or worker's; InvalidParameter otherwise."""
     if not isinstance(name, str) or not 1 <= len(name) <= MAX_NAME:
         raise invalid(what, name, f"a name of 1 to {MAX_NAME} characters")
-    return name
+    return exact(name)
+
+
+def check_label(what: str, label: object) -> str:
+    """`label`, if it can stand beside a request; InvalidParameter otherwise."""
+    if not isinstance(label, str) or len(label) > MAX_NAME:
+        raise invalid(what, label, f"a text of at most {MAX_NAME} characters")
+    label = exact(label)
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise invalid(what, label, "a text without lone surrogates, which are no characters") from None
+    return label
+
+
+def exact(text: str) -> str:
+    """The same characters as a plain str: what is only derived from it, as numpy's texts are, has no form in msgpack."""
+    return text if type(text) is str else str.__str__(text)
 
 
 def check_duration(what: str, seconds: object) -> float:
@@ -173,6 +189,11 @@ def check_wait(what: str, seconds: object) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_DEADLINE_MS / 1000:
         raise invalid(what, seconds, "a number of seconds from 0")
     return float(seconds)
+
+
+def check_timeout(timeout_s: object) -> float | None:
+    """`timeout_s`, if it is a time that somebody may wait, or None, which is no bound; InvalidParameter otherwise."""
+    return None if timeout_s is None else check_wait("timeout_s", timeout_s)
 
 
 def check_switch(what: str, value: object) -> bool:
@@ -191,12 +212,12 @@ def check_count(what: str, value: object) -> int:
 
 def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes | None]:
     """The prompt, which is not empty, in the field that is for its kind."""
-    if not isinstance(prompt, str) and (isinstance(prompt, bytes) or not _is_list(prompt)):
+    if not isinstance(prompt, str) and not _is_list(prompt):
         raise invalid("prompt", prompt, "a text, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise InvalidParameter("prompt is empty: there is nothing to answer", data={"parameter": "prompt"})
     if isinstance(prompt, str):
-        return prompt, None, None
+        return exact(prompt), None, None
     if isinstance(prompt[0], ChatMessage | Mapping):
         return None, [_turn(position, turn) for position, turn in enumerate(prompt)], None
     try:
@@ -206,8 +227,8 @@ def _split(prompt: Prompt) -> tuple[str | None, list[ChatMessage] | None, bytes 
 
 
 def _is_list(value: object) -> bool:
-    """Whether it has places that are counted: lists, tuples and arrays, but no mapping, set or generator."""
-    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping)
+    """Whether it has places that are counted: lists, tuples and arrays, but no mapping, set, generator or raw bytes."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, _NO_LISTS)
 
 
 def _turn(position: int, turn: object) -> ChatMessage:
@@ -218,7 +239,7 @@ def _turn(position: int, turn: object) -> ChatMessage:
         turn = ChatMessage(turn["role"], turn["content"])
     if not isinstance(turn, ChatMessage):
         raise invalid(where, turn, "a ChatMessage or a mapping of role and content")
-    check_name(f"{where}.role", turn.role)
+    role = check_name(f"{where}.role", turn.role)
     if not isinstance(turn.content, str):
         raise invalid(f"{where}.content", turn.content, "a text")
-    return turn
+    return ChatMessage(role, exact(turn.content))

@@ -17,7 +17,7 @@ from .call import ANSWERS, Call, ClientRequest, gap
 from .draining import Draining
 from .errors import ConnectionFailed, DeadlineExceeded, MalformedMessage, Unauthenticated, ZmqserveError, from_wire
 from .failover import Failover
-from .liveness import Agenda
+from .liveness import Agenda, Timer
 from .messages import (
     Cancel,
     Chunk,
@@ -38,7 +38,7 @@ from .messages import (
 )
 from .outgoing import encoded
 from .peer import State, Wire
-from .requests import check_wait
+from .requests import check_timeout
 
 DEADLINE_GRACE_S = 1.0
 """How long after a request's deadline its end may still come. The controller enforces deadlines; this is for one that does not."""
@@ -74,6 +74,7 @@ class Session:
         self.malformed = 0
         self._buffer_bytes = buffer_bytes
         self._drainings: list[Draining] = []
+        self._closes: Timer | None = None
         self._agenda = Agenda()
         self._failover = Failover(
             wire,
@@ -156,14 +157,21 @@ class Session:
 
         Raises InvalidParameter for a `timeout_s` that is no time.
         """
-        if timeout_s is not None:
-            timeout_s = check_wait("timeout_s", timeout_s)
+        self.close_within(now, timeout_s)
         draining = Draining(self.calls)
         self._drainings.append(draining)
         self._failover.on_idle = self._on_idle
-        if timeout_s is not None:
-            self._agenda.at(now + timeout_s, lambda _now: self.close())
         return draining
+
+    def close_within(self, now: float, timeout_s: float | None) -> bool:
+        """Close after `timeout_s`, unless that is to be sooner (None: whenever it is). Returns whether this counts. Raises as `drain`."""
+        within_s = check_timeout(timeout_s)
+        if within_s is None or (self._closes is not None and self._closes.when_s <= now + within_s):
+            return False
+        if self._closes is not None:
+            self._closes.cancel()
+        self._closes = self._agenda.at(now + within_s, lambda _now: self.close())
+        return True
 
     def _on_idle(self) -> None:
         for draining in self._drainings:

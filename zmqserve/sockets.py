@@ -6,6 +6,7 @@ No socket ever gets an identity: a second DEALER with the same one is mute, with
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -158,6 +159,7 @@ def _lock_ipc(endpoint: str) -> int:
 
 def router(context: zmq.Context[zmq.Socket[bytes]], limits: SocketLimits) -> zmq.Socket[bytes]:
     """A controller's socket, for clients or for workers."""
+    _seed_routing_ids()
     socket = context.socket(zmq.ROUTER)
     # The default ROUTER drops what it cannot route, silently. With this a send says EHOSTUNREACH or EAGAIN.
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -167,6 +169,16 @@ def router(context: zmq.Context[zmq.Socket[bytes]], limits: SocketLimits) -> zmq
     socket.setsockopt(zmq.BACKLOG, 1024)
     _common(socket, limits)
     return socket
+
+
+def _seed_routing_ids() -> None:
+    """libzmq (4.3.5) numbers a ROUTER's peers upwards from C's rand(), which nobody has seeded: the same numbers in every process.
+
+    Who knows the next one can take it first, and libzmq aborts the process; who knows another's gets what is sent there when that one goes.
+    """
+    seed = getattr(ctypes.CDLL(None), "srand", None)
+    if seed is not None:
+        seed(ctypes.c_uint(int.from_bytes(os.urandom(4))))
 
 
 def dealer(

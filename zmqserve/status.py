@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -44,7 +45,6 @@ def snapshot(broker: Broker, now: float, account: Account | None = None) -> Cont
 def _of_account(broker: Broker, now: float, account: Account) -> ControllerStatus:
     pools = {pool.model: pool for pool in broker.intake.models(account)}
     workers = [worker for worker in broker.registry if any(model in pools for model in worker.cards)]
-    shown = [msgspec.structs.replace(worker_status(each, now), models=sorted(pools.keys() & each.cards.keys())) for each in workers]
     return ControllerStatus(
         controller=broker.controller_id,
         version=broker.version,
@@ -53,13 +53,25 @@ def _of_account(broker: Broker, now: float, account: Account) -> ControllerStatu
         up_s=round(now - broker.started_s, 3),
         client_endpoints=broker.endpoints[0],
         worker_endpoints=[],
-        workers=shown,
-        models=[model_status(pool) for pool in pools.values()],
+        workers=[_as_seen(worker, now, pools) for worker in workers],
+        models=[model_status(pool, account) for pool in pools.values()],
         clients=sum(client.account is account for client in broker.flights.clients.values()),
         running=account.in_flight - account.waiting,
         waiting=account.waiting,
         key=account.name,
     )
+
+
+def _as_seen(worker: Worker, now: float, pools: Mapping[str, Pool]) -> WorkerStatus:
+    """One worker, as somebody is told who may use these models only."""
+    whole = worker_status(worker, now)
+    seen = msgspec.structs.replace(whole, models=sorted(pools.keys() & worker.cards.keys()))
+    if worker.shares.keys() <= pools.keys():
+        return seen
+    # What it says of itself, and what has ended on it, is of all its models together.
+    running = sum(share.running for model, share in worker.shares.items() if model in pools)
+    free = max(0, worker.slots - running) if worker.usable else 0
+    return msgspec.structs.replace(seen, running=running, others=0, free=free, waiting=0, step_age_ms=0.0, finished=0)
 
 
 def worker_status(worker: Worker, now: float) -> WorkerStatus:
@@ -85,14 +97,15 @@ def worker_status(worker: Worker, now: float) -> WorkerStatus:
     )
 
 
-def model_status(pool: Pool) -> ModelStatus:
-    """One model."""
+def model_status(pool: Pool, account: Account | None = None) -> ModelStatus:
+    """One model. An account that is no admin's is not told how large its queue is: that of a single request is the length of a prompt."""
+    whole = account is None or account.admin
     return ModelStatus(
         card=pool.card,
         state=pool.state,
         workers=[worker.name for worker in pool.workers.values()],
         running=pool.running,
         waiting=len(pool.waiting),
-        waiting_bytes=pool.waiting.bytes,
+        waiting_bytes=pool.waiting.bytes if whole else 0,
         slots=pool.slots,
     )

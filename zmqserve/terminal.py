@@ -8,9 +8,25 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from .errors import ZmqserveError
 from .results import Completion
+
+_CONTROLS = {code: f"\\u{code:04x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_BUT_LAYOUT = {code: sign for code, sign in _CONTROLS.items() if chr(code) not in "\n\t"}
+
+
+def escaped(text: str, *, one_line: bool = False) -> str:
+    """Text that moves no terminal's cursor and does nothing worse to it: control characters as JSON writes them. Ends of lines and tabs
+    stay what they are, unless it is to be `one_line`."""
+    return text.translate(_CONTROLS if one_line else _BUT_LAYOUT)
+
+
+def say(text: str, *, file: TextIO | None = None, end: str = "\n", flush: bool = False) -> None:
+    """Print what others may have chosen, to standard output or `file`: escaped on a terminal, else as it is."""
+    file = sys.stdout if file is None else file
+    print(escaped(text) if _is_terminal(file) else text, end=end, file=file, flush=flush)
 
 
 def figures(completion: Completion) -> str:
@@ -47,7 +63,13 @@ def printing(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under a head, in columns as wide as they need to be."""
+    """Print rows under a head, in columns as wide as they need to be. On a terminal nothing in them can look like another row."""
+    if _is_terminal(sys.stdout):
+        rows = [[escaped(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _is_terminal(file: TextIO | None) -> bool:
+    return file is not None and file.isatty()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from . import logs
 from .certificate import PUBLIC_SUFFIX
 from .config import load_config
 from .controller import Controller
+from .credentials import CONTROLLER_KEY_VARIABLE, KEY_VARIABLE
 from .errors import InvalidParameter
 from .keyring import WORKERS_PORT
 from .liveness import Backoff
@@ -25,36 +28,46 @@ from .logs import Logger
 
 LOOK_S = 0.2
 STEADY_S = 30.0
-"""A worker that ran for so long is restarted at once when it dies; one that dies young waits longer each time."""
+"""A worker that was ready for so long is restarted at once when it dies; one that dies young waits longer each time."""
+CAME = ("worker came", "worker changed")
+"""What a controller logs when a worker says what it offers."""
 MOST_YOUNG_DEATHS = 3
 """Deaths in a row that end it all, of a worker that never ran steadily: something is wrong that a restart does not mend. One that did
 is started again whatever comes, or a few prompts that kill workers would end it all, too."""
 
 
 class Replica:
-    """One worker process and its restarts."""
+    """One worker process of a backend, and its restarts. `name`: the present one's; each has another."""
 
-    def __init__(self, number: int, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, number: int, backend: str, command: list[str], environment: dict[str, str]) -> None:
         self.number = number
+        self.name = ""
+        self._backend = backend
         self._command = command
         self._environment = environment
         self._backoff = Backoff(1.0, 30.0, Random())
         self._young_deaths = 0
         self._ran_steadily = False
-        self._started_s = 0.0
+        self._ready_s: float | None = None
         self._start_at_s = 0.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
         return f"Replica({self.number}, {self.process!r})"
 
+    def is_ready(self, now: float) -> None:
+        """Its model is loaded: from now on it counts as running, since a load may take long, and fail each time. From any thread."""
+        if self._ready_s is None:
+            self._ready_s = now
+
     def keep_running(self, now: float) -> int | None:
         """Start it when it is due; returns an exit code when it should not be started again."""
         if self.process is None:
             if now >= self._start_at_s:
-                self._started_s = now
+                self.name = f"{self._backend}-{socket.gethostname()}-{secrets.token_hex(3)}"
+                self._ready_s = None
                 # A group of its own: Ctrl-C reaches this process alone, which drains the worker.
-                self.process = subprocess.Popen(self._command, env=self._environment, process_group=0)
+                self.process = subprocess.Popen([*self._command, "--worker-name", self.name], env=self._environment, process_group=0)
             return None
         code = self.process.poll()
         if code is None:
@@ -62,7 +75,7 @@ class Replica:
         self.process = None
         if code == 0:
             return 0
-        if now - self._started_s >= STEADY_S:
+        if self._ready_s is not None and now - self._ready_s >= STEADY_S:
             self._backoff.reset()
             self._ran_steadily = True
         self._young_deaths += not self._ran_steadily
@@ -82,8 +95,18 @@ def run(args: argparse.Namespace) -> int:
     if (args.curve_dir is None) != (args.key is None):
         text = "--curve-dir and --key go together: the workers need a key that the controller allows"
         raise InvalidParameter(text, data={"parameter": "key"})
+    replicas: list[Replica] = []
+    log = Logger("zmqserve.controller")
+
+    def report(event: str, level: str = "info", **fields: object) -> None:
+        if fields.get("state") == "ready" and event in CAME:
+            for replica in replicas:
+                if replica.name == fields["worker"]:
+                    replica.is_ready(time.monotonic())
+        getattr(log, level)(event, **fields)
+
     settings = {"dispatch": args.dispatch, "curve_dir": args.curve_dir, "insecure": args.insecure}
-    controller = Controller(load_config(None, clients=args.clients, workers=args.workers, **settings))
+    controller = Controller(load_config(None, clients=args.clients, workers=args.workers, **settings), report=report)
     stopping, hurry = threading.Event(), threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -94,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     with controller:
-        replicas = [Replica(n, _command(args, controller.worker_endpoints[0]), worker_environment(count, gpus, n)) for n in range(count)]
+        command = _command(args, controller.worker_endpoints[0])
+        replicas += [Replica(n, args.backend.backend, command, worker_environment(count, gpus, n)) for n in range(count)]
         failed = _keep_running(controller, replicas, stopping)
         _stop_all(replicas, args.grace, hurry)
     return 1 if failed else 0
@@ -154,8 +178,11 @@ def _command(args: argparse.Namespace, endpoint: str) -> list[str]:
 
 
 def worker_environment(replicas: int, gpus: Sequence[str] = (), number: int = 0) -> dict[str, str]:
-    """This process's environment, with one of the GPUs and a share of the cores: torch's threads spin while they wait."""
-    environment = dict(os.environ)
+    """This process's environment, with one of the GPUs and a share of the cores: torch's threads spin while they wait.
+
+    Without the keys in it: those are for another network than the one of this process's own controller.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in (KEY_VARIABLE, CONTROLLER_KEY_VARIABLE)}
     if replicas > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // replicas)))
     if gpus:

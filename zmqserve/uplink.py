@@ -20,6 +20,7 @@ from . import messages as m
 from .endings import error_message
 from .errors import BackendError, DuplicateRequest, MalformedMessage, ZmqserveError
 from .flight import Client
+from .link import MOST_REFUSED_S
 from .liveness import Lease
 from .need import Need
 from .offer import offer
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 LOOK_GAP_S = 0.02
 """Least time between two looks at what has changed below, and so between two announcements."""
+HEAD_BYTES = 16
+"""By how much an offer without its models may differ in size from what was measured: numbers have as many bytes as they need."""
+MOST_NAMED = 20
+"""Names in a line of the log."""
 NOBODY = b""
 """The routing id of clients that have none. ROUTER sockets know no empty one."""
 
@@ -88,9 +93,13 @@ class Uplink:
         self._changes = self._moves = -1
         self._look_s = now
         self._models: list[m.ModelCard] = []
+        self._left_out: list[str] = []
+        self._controllers: list[str] = []
         self._told: m.Ready | None = None
         self._told_others = 0
         self._told_epoch = 0
+        self._told_why = ""
+        self._refused_s = now
 
     def __repr__(self) -> str:
         return f"Uplink({self.name!r} to {self.link!r})"
@@ -108,8 +117,7 @@ class Uplink:
             self.now = now
             self._broker.counters["parents that did not read"] += 1
             self._report("parent does not read", level="warning", parent=link.endpoint, outbox_bytes=link.outbox_bytes)
-            self._renew()
-            link.disconnected(now)
+            link.give_up(now)
 
     def tick(self, now: float) -> float:
         """Do what is due; returns when to call again. The broker does this in its own tick."""
@@ -120,6 +128,8 @@ class Uplink:
                 due_s = self._look_s
             else:
                 self._look(now)
+        elif self.link.state == "refused" and self._leaves_s is None:
+            due_s = self._reconsider(now)
         if self._leaves_s is not None:
             due_s = min(due_s, self._leaves_s)
             if now >= self._leaves_s or not (self._open() or self.link.outbox_bytes):
@@ -142,32 +152,58 @@ class Uplink:
         if load.running - load.yours != self._told_others:
             self.link.others_changed(now)
 
+    def _reconsider(self, now: float) -> float:
+        """After a refusal for good: register again with an offer that is another, and where the parent has taken this controller before, as
+        it is after a minute, since what a parent allows changes as well. Returns when to look again."""
+        again_s = self._refused_s + MOST_REFUSED_S if self._told_epoch else inf
+        if self._moves != self._broker.registry.moves:
+            if now < self._look_s:
+                return min(again_s, self._look_s)
+            self._moves = self._broker.registry.moves
+            self._look_s = now + LOOK_GAP_S
+            if _substance(self._offer()) != _substance(self._told):
+                again_s = now
+        if now >= again_s:
+            self.link.ask_again(now)
+            return inf
+        return again_s
+
     def _offer(self) -> m.Ready:
-        broker = self._broker
-        registry = broker.registry
+        registry = self._broker.registry
         if self._changes != registry.changes:
             self._changes = registry.changes
-            slots = sum(worker.slots for worker in registry)
-            self._models = [offer(pool, slots) for pool in registry.pools.values() if pool.workers]
+            self._controllers = [self._broker.controller_id, *sorted({each for worker in registry for each in worker.controllers})]
+            # A parent tells nobody how much it takes: as much as this one, unless they were configured to differ.
+            room_bytes = self._broker.config.ready_bytes - len(m.encode(self._ready([]))) - HEAD_BYTES
+            self._models, left_out = offer(registry.pools.values(), sum(worker.slots for worker in registry), room_bytes)
+            if left_out != self._left_out:
+                self._left_out = left_out
+                if left_out:
+                    told = {"names": left_out[:MOST_NAMED], "left_out": len(left_out)}
+                    self._broker.report("offer is too large", level="warning", parent=self.link.endpoint, **told)
+        return self._ready(self._models)
+
+    def _ready(self, models: list[m.ModelCard]) -> m.Ready:
+        broker = self._broker
+        registry = broker.registry
         usable = [worker for worker in registry if worker.usable]
-        controllers = [broker.controller_id, *sorted({each for worker in registry for each in worker.controllers})]
         return m.Ready(
             m.PROTOCOL,
             self.name,
             "controller",
             "loading" if all(worker.loading for worker in registry) else "ready",
-            self._models,
-            min(m.MAX_SLOTS, sum(worker.slots for worker in usable)),
+            models,
+            min(m.MAX_SLOTS, sum(worker.trusted for worker in usable)),
             # Load is divided by speed: ten workers together are ten times as fast as one.
             min(m.MAX_SPEED, sum(worker.speed for worker in usable)) or 1.0,
             int(broker.config.ttl_s * 1000),
-            controllers,
+            self._controllers,
             broker.version,
         )
 
     def _load(self) -> m.Load:
         """Slots in use, of which `yours` are this parent's: what is neither free nor theirs has been taken by others."""
-        taken = sum(worker.slots - worker.free for worker in self._broker.registry if worker.usable)
+        taken = sum(worker.trusted - worker.free for worker in self._broker.registry if worker.usable)
         mine = (flight for client in self._clients() for flight in client.flights.values())
         yours = sum(flight.slotted and not flight.told and flight.worker is not None and flight.worker.usable for flight in mine)
         return m.Load(taken, 0, min(taken, yours))
@@ -273,11 +309,20 @@ class Uplink:
         elif link.state == "registered":
             if link.epoch != self._told_epoch:
                 self._told_epoch = link.epoch
+                self._told_why = ""
                 self._report("registered with parent", **told, name=self.name)
         elif link.state == "refused" and refusal is not None:
-            self._report("parent refused", level="error", **told, why=refusal.why)
+            self._refused_s = self.now
+            if refusal.why != self._told_why:
+                self._told_why = refusal.why
+                self._report("parent refused", level="error", **told, why=refusal.why)
         elif link.state == "registering" and refusal is not None:
             again = {"why": refusal.why, "retry_after_ms": refusal.retry_after_ms}
             self._report("parent refused for now", level="error", **told, **again)
         elif link.state == "registering":
             self._report("parent gone", level="warning", **told)
+
+
+def _substance(ready: m.Ready | None) -> object:
+    """What of an offer a parent may refuse: not what merely comes and goes with the workers' states."""
+    return ready and (ready.models, ready.slots, ready.controllers)

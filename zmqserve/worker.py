@@ -31,6 +31,7 @@ from .config import WORKER_ENDPOINT
 from .credentials import KeyFile, KeyFiles
 from .engine import Engine
 from .errors import InvalidParameter, Unsupported, ZmqserveError
+from .heap import freeze_heap
 from .jobs import Delta, GenerateJob, Vectors
 from .linkthread import LinkThread
 from .logs import Logger
@@ -129,16 +130,17 @@ class BaseModelWorker(ABC):
         self._loaded = threading.Event()
         self._taken = threading.Event()
         self._lock = threading.Lock()
-        self._ended = self._left_engine = False
+        self._ended = self._left_engine = self._owns_process = False
         self._links: LinkThread | None = None
         self._engine: Engine | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
 
-    @property
+    @functools.cached_property
     def model_name(self) -> str:
         """The name that clients use for `config.model`."""
+        # Looked up once: the directory that a path is relative to may be gone when the worker registers again.
         model = self.config.model
         return self.config.served_name or (os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model)
 
@@ -214,8 +216,12 @@ class BaseModelWorker(ABC):
     def run(self) -> None:
         """Serve until told to stop; in the main thread by SIGTERM or SIGINT too (drain; a second SIGINT ends at once).
 
+        For a process that does nothing else: what it holds once the model is loaded is left out of garbage collection, which would
+        stop every stream for as long as it looks at all of that (0.3 s with vLLM). In a program of yours, use `start`.
+
         Raises what `load` raised, Refused if no controller takes the worker, or what broke it.
         """
+        self._owns_process = True
         with self._signals():
             self.start()
             self.wait_ended()
@@ -288,14 +294,18 @@ class BaseModelWorker(ABC):
             raise self.failure
 
     @property
+    def left_engine(self) -> bool:
+        """Whether its engine had not ended a while after the worker. A thread of it may hang, and Python's exit waits for such for ever."""
+        return self._left_engine
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the worker, if it was not asked to end."""
         return self._links.workload.failure if self._links is not None else None
 
     def registration(self, state: str, slots: int) -> Ready:
         """What it says of itself when it registers."""
-        name = self.model_name
-        cards = self.cards or ([ModelCard(name)] if name else [])
+        cards = self.cards or ([ModelCard(self.model_name)] if self.model_name else [])
         ttl_ms = max(1, int(self.config.ttl_s * 1000))
         return Ready(PROTOCOL, self.name, self.backend, state, cards, slots, self.config.speed, ttl_ms, version=installed_version())
 
@@ -306,6 +316,8 @@ class BaseModelWorker(ABC):
             cards = [self._completed(card) for card in self.load()]
             if not cards:
                 raise InvalidParameter(f"{type(self).__name__}.load returned no model card", data={"parameter": "models"})
+            if self._owns_process:
+                freeze_heap()
         except ZmqserveError as error:
             log.error("load failed", worker=self.name, model=self.config.model, why=error.message)  # noqa: TRY400 - it says it all
             self._fail(error)

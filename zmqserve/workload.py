@@ -202,9 +202,9 @@ class Workload:
 
     def fresh_socket(self, link: ControllerLink) -> None:
         """As LinkHost says."""
+        self._fresh_socket(link)
         if link.refusal is None:  # what was refused is tried every few seconds
             log.info("reconnecting", worker=self._worker.name, controller=link.controller, endpoint=link.endpoint)
-        self._fresh_socket(link)
 
     def changed(self, link: ControllerLink) -> None:
         """As LinkHost says."""

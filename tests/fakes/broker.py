@@ -43,6 +43,9 @@ class Broker:
         self.controller, self.protocol, self.limits = controller, protocol, limits or m.Limits()
         self.greets, self.pongs = greets, pongs
         self.unknown: list[int] = []
+        self.deaf_to: set[bytes] = set()
+        """Peers whose messages are not looked at: as if their connections led nowhere."""
+        self.last_peer = b""
         self.pings: queue.SimpleQueue[m.Ping] = queue.SimpleQueue()
         self._script = script
         self._context = context or zmq.Context()
@@ -59,7 +62,6 @@ class Broker:
         self._orders: queue.SimpleQueue[tuple[bytes | None, bytes]] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._peer_of: dict[int, bytes] = {}
-        self._last_peer = b""
         self._thread = threading.Thread(target=self._run, name="fake-broker")
         self._thread.start()
 
@@ -108,10 +110,12 @@ class Broker:
                 if self._bell.recv() == b"end":
                     return
                 target, payload = self._orders.get()
-                self._router.send_multipart([target or self._last_peer, payload])
+                self._router.send_multipart([target or self.last_peer, payload])
 
     def _take(self, peer: bytes, payload: bytes) -> None:
-        self._last_peer = peer
+        if peer in self.deaf_to:
+            return
+        self.last_peer = peer
         message = _decode(payload)
         if isinstance(message, m.Hello):
             if self.greets:

@@ -79,6 +79,11 @@ class Loop:
         heapq.heappush(self._timers, (when_s, next(self._serial), timer, lambda: function(*arguments)))
         return timer
 
+    @property
+    def waiting(self) -> int:
+        """Timers that are still to come."""
+        return sum(not timer.cancelled for _, _, timer, _ in self._timers)
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> Task:
         task = Task(work)
         self.tasks.append(task)

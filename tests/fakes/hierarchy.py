@@ -66,7 +66,8 @@ class Wire:
         self.kinds: list[int] = []
         now = child.tree.now
         self.uplink = Uplink(child.broker, child.name, report=lambda event, **f: child.reports.append({"event": event, **f}), now=now)
-        self.link = ControllerLink(f"tcp://{parent.name}:1", self.uplink, self._send, ttl_s=3.0, random=Random(1), now=now)
+        random = Random(f"{child.name}>{parent.name}")  # two that refuse each other must not try again at the same times for ever
+        self.link = ControllerLink(f"tcp://{parent.name}:1", self.uplink, self._send, ttl_s=3.0, random=random, now=now)
         self.uplink.attach(self.link, renew=self.reconnect)
         child.broker.uplinks.append(self.uplink)
         self.connect()

@@ -19,7 +19,7 @@ from tests.processes import PATIENCE_S, eventually
 from zmqserve import Client
 from zmqserve import messages as m
 from zmqserve.certificate import read_pair, read_public, write_pair
-from zmqserve.errors import PermissionDenied, QuotaExceeded, RateLimited, Refused, Unauthenticated
+from zmqserve.errors import InvalidParameter, PermissionDenied, QuotaExceeded, RateLimited, Refused, Unauthenticated
 
 from .site import NAME, Site
 from .site import ready as offer
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("honest_with_key")
 SOON_S = 5.0
 SIDES = ("clients", "workers")
 each_side = pytest.mark.parametrize("side", SIDES)
+NO_RULES = "[defaults]\n"
 DENIED = 400
 """ZAP's status for who is not let in."""
 
@@ -44,23 +45,25 @@ def rules(site: Site, text: str) -> Iterator[None]:
     """These rules, for as long as this lasts."""
     assert site.keys is not None
     path = site.keys.folder / "access.toml"
-    for content in (text, ""):
+    for content in (text, NO_RULES):
         path.write_text(content)
         site.controller.send(signal.SIGHUP)
         site.controller.wait_for("keys changed", rules=True)
-        if content:
+        if content is text:
             yield
 
 
 class Curved:
     """A libzmq socket that connects with a pair of keys, and tells what became of its handshake."""
 
-    def __init__(self, site: Site, side: str, pair: str, server: str | None = None) -> None:
+    def __init__(self, site: Site, side: str, pair: str, server: str | None = None, identity: bytes = b"") -> None:
         assert site.keys is not None
         own = read_pair(site.keys.pairs / f"{pair}.key_secret")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        if identity:
+            self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.setsockopt(zmq.RCVTIMEO, int(1000 * PATIENCE_S))
         self.socket.curve_publickey, self.socket.curve_secretkey = own.public, own.secret
         self.socket.curve_serverkey = read_public(site.keys.folder / f"{server or side}-port.key").encode()
@@ -276,3 +279,18 @@ def test_logs_and_errors_hold_names_of_keys_and_no_key(guarded_site: Site, keys:
         pair = read_pair(path)
         assert pair.secret.decode() not in text
         assert pair.public.decode() not in text
+
+
+# --- routing ids
+
+
+@pytest.mark.parametrize("identity", [b"me", b"12345", b"x" * 255])
+def test_a_routing_id_that_could_be_guessed_is_not_served(guarded_site: Site, keys: Keys, identity: bytes) -> None:
+    """Who connected under it once its owner had gone would get what is still sent there."""
+    with Curved(guarded_site, "clients", keys.client, identity=identity) as peer:
+        error = peer.answer(m.ListModels(7))
+        assert (error.rid, error.code) == (7, InvalidParameter.code)
+        assert "ZMQ_ROUTING_ID" in error.message
+    with Curved(guarded_site, "workers", keys.worker, identity=identity) as peer:
+        refused = peer.refusal(offer("w2"))
+        assert refused.code == InvalidParameter.code
