@@ -9,6 +9,7 @@ from zmqserve import messages as m
 
 from .fakes.hierarchy import Tree
 from .fakes.network import Network, card
+from .fakes.scripted import ScriptedClient, ScriptedWorker
 
 
 @pytest.mark.parametrize(("dies", "attempts"), [(True, 1), (False, 0)])
@@ -154,13 +155,19 @@ def test_what_waits_for_a_restart_ends_when_the_new_worker_cannot_do_it() -> Non
     network.assert_clean()
 
 
-def test_each_waits_for_its_own_grace_time() -> None:
-    """What has waited in vain for long takes nothing from what loses its worker later."""
+def one_left() -> tuple[Network, ScriptedClient, ScriptedWorker]:
+    """A request to embed, 1, waits in vain: the only worker that could has left, another one generates."""
     network = Network(orphan_grace_s=10.0)
     client = network.client()
     embeds, generates = network.worker("embeds", card(verbs=["embed"])), network.worker("generates", card(verbs=["generate"]))
     client.request(m.Embed(1, "m", texts=["a"]))
     embeds.say(m.BYE)
+    return network, client, generates
+
+
+def test_each_waits_for_its_own_grace_time() -> None:
+    """What has waited in vain for long takes nothing from what loses its worker later."""
+    network, client, generates = one_left()
     network.beat_for(9.5, generates)
     client.generate(2)
     generates.say(m.BYE)
@@ -178,11 +185,7 @@ def test_each_waits_for_its_own_grace_time() -> None:
 
 
 def test_a_grace_time_that_was_begun_for_one_who_gave_up_is_not_the_next_ones() -> None:
-    network = Network(orphan_grace_s=10.0)
-    client = network.client()
-    embeds, generates = network.worker("embeds", card(verbs=["embed"])), network.worker("generates", card(verbs=["generate"]))
-    client.request(m.Embed(1, "m", texts=["a"]))
-    embeds.say(m.BYE)
+    network, client, generates = one_left()
     client.cancel(1)
     network.beat_for(9.5, generates)
     client.generate(2)

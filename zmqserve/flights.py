@@ -245,8 +245,12 @@ class Flights:
 
     def busy(self, flight: Flight, now: float) -> None:
         """Its worker has no slot after all: back to the head of the queue, with no attempt spent."""
-        worker = self._release(flight)
         self.counters["busy"] += 1
+        self._turned_away(flight, now)
+
+    def _turned_away(self, flight: Flight, now: float) -> None:
+        """Its worker, which stays, has let go of it before it began."""
+        worker = self._release(flight)
         self.registry.refused(worker, flight.pool.model)
         if flight.ending is not None:
             self.settle_unsent(flight, now, flight.ending)
@@ -257,17 +261,16 @@ class Flights:
     def lost_below(self, flight: Flight, attempts: int, now: float) -> bool:
         """The controller below that has it lost its worker, and has no other: it goes elsewhere, unseen. False where `attempts` is not more
         than before, or all that it has: then it ends."""
-        known = flight.started or flight.ending is not None or not flight.slotted
-        if known or not flight.attempts < attempts < self.config.max_attempts:
+        worker = flight.worker
+        if worker is None or flight.started or flight.ending is not None or not flight.slotted:
             return False
-        worker = self._release(flight)
-        self.registry.refused(worker, flight.pool.model)
+        if not flight.attempts < attempts < self.config.max_attempts:
+            return False
         self.counters["redispatched"] += 1
         flight.attempts = attempts
         flight.avoid = flight.avoid | {worker.name}
         flight.need = flight.need._replace(trial=True)
-        self._homeless.append(flight)
-        self.feed(worker, now)
+        self._turned_away(flight, now)
         return True
 
     def settle(self, flight: Flight, now: float, outcome: str, last: bytes, code: int = 0, tokens: tuple[int, int] = (0, 0)) -> None:

@@ -109,8 +109,7 @@ class Worker:
         """Slots that dispatch may use now."""
         if self.loading or self.draining or self.stalled_s is not None:
             return 0
-        free = max(0, self.slots - self.running - self.others)
-        return free if self.hung_s is None else min(free, max(0, self.trusted - self.running))
+        return max(0, min(self.trusted, self.slots - self.others) - self.running)
 
     def has_room(self, need: Need) -> bool:
         """Whether it may get one more request of that kind now."""
