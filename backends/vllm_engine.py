@@ -37,7 +37,7 @@ _NOT_TAKEN = {
 class EngineFigures:
     """What vLLM tells of each engine step. Stands where AsyncLLM has its loggers, and costs less than those.
 
-    `waiting`: sequences in the scheduler's queue. `stepped_s`: when the last step came, monotonic; `rouse` when work comes after idleness.
+    `waiting`: sequences in the scheduler's queue. `stepped_s`: when the last step came, monotonic.
     """
 
     def __init__(self) -> None:
@@ -50,10 +50,6 @@ class EngineFigures:
     @property
     def waiting(self) -> int:
         return sum(self._waiting.values())
-
-    def rouse(self) -> None:
-        """What was before says nothing about the work that comes now."""
-        self.stepped_s = time.monotonic()
 
     def age_s(self) -> float:
         """Seconds since the last step."""

@@ -205,8 +205,7 @@ class VLLMWorker(BaseModelWorker):
     # --- requests ---------------------------------------------------------------------------------
 
     def begin(self, job: Job) -> None:
-        loaded = self._parts()
-        self._rouse(loaded)
+        self._parts()  # or there is nothing to begin with
         if self._admission is not None:
             self._admission.add(job)
 
@@ -216,7 +215,6 @@ class VLLMWorker(BaseModelWorker):
     async def embed(self, request: Embed) -> Vectors:
         loaded = self._parts()
         texts = await asyncio.get_running_loop().run_in_executor(loaded.tokenizing, _encode_texts, loaded, request)
-        self._rouse(loaded)
         self._embedding += 1
         try:
             return await embed(loaded.engine, texts, request.params, loaded.loras.get(request.model))
@@ -275,10 +273,6 @@ class VLLMWorker(BaseModelWorker):
 
     def _busy(self, loaded: Loaded) -> bool:
         return bool(len(loaded.outputs) or self._embedding)
-
-    def _rouse(self, loaded: Loaded) -> None:
-        if not self._busy(loaded):
-            loaded.figures.rouse()
 
 
 @dataclass(frozen=True)

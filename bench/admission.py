@@ -152,6 +152,9 @@ class Watch:
     def behind(self, lane: Lane) -> bool:  # noqa: ARG002 - everything leaves at once
         return False
 
+    def pauses(self, lane: Lane) -> bool:  # noqa: ARG002 - the same
+        return False
+
     def post(self, lane: Lane, head: bytes, payload: bytes, ended: Answer | None = None) -> None:  # noqa: ARG002 - as Outbound has it
         told = m.decoder(m.WorkerHead).decode(head)
         if told.kind == m.FAILED and not self.all_ended.done():

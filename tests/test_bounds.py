@@ -8,9 +8,10 @@ import msgspec
 import pytest
 
 from zmqserve import messages as m
-from zmqserve.bounds import MOST_CONNECTIONS, Offers
+from zmqserve.bounds import MOST_OWNERS, Offers
 from zmqserve.config import ControllerConfig
 
+from .fakes.keys import GPU, GPU2, access
 from .fakes.network import Network, card
 from .test_limits import fill, refusals
 
@@ -63,7 +64,7 @@ def test_offers_are_counted_before_they_are_read_and_by_connection() -> None:
     noisy, calm = network.worker("noisy"), network.worker("calm")
     for _ in range(1000):
         noisy.say(m.READY, b"\xc1 not read at all", epoch=0)
-    assert {refused.code for refused in refusals(noisy)[1:]} == {42901}
+    assert {refused.code for refused in refusals(noisy)[10:]} == {42901}
     assert not noisy.is_registered()
     assert calm.is_registered()
     calm.ready(calm.epoch)
@@ -74,14 +75,102 @@ def test_offers_are_counted_before_they_are_read_and_by_connection() -> None:
     assert noisy.is_registered()
 
 
+def many(count: int) -> list[m.ModelCard]:
+    return [card(f"m{number}") for number in range(count)]
+
+
+def test_changes_that_come_too_often_are_put_off_and_the_last_of_them_comes_into_force() -> None:
+    network = Network(readies_per_s=1)
+    worker = network.worker()
+    for slots in range(1, 100):
+        worker.ready(worker.epoch, slots=slots)
+    assert worker.seen.slots < 99
+    worker.load()
+    network.advance(1.5)
+    assert worker.seen.slots == 99
+    assert worker.kinds().count(m.WELCOME) == 100  # each is answered: it knows when all that it said is taken
+    assert not refusals(worker)
+    assert network.counters["offers put off"] == 90
+    network.check()
+
+
+def test_a_change_that_was_put_off_is_forgotten_with_its_worker() -> None:
+    network = Network(readies_per_s=1)
+    worker = network.worker()
+    for slots in range(1, 12):
+        worker.ready(worker.epoch, slots=slots)
+    worker.say(m.BYE)
+    network.advance(5.0)
+    worker.ready(slots=77)
+    assert worker.seen.slots == 77
+    network.advance(2.0)
+    assert worker.seen.slots == 77
+    network.assert_clean()
+
+
+def test_offers_are_counted_by_key_where_there_are_keys() -> None:
+    """However many connections it has; and workers of another key notice nothing of it."""
+    network = Network(readies_per_s=2, access=access())
+    noisy = [network.worker(f"noisy{number}", user=GPU) for number in range(20)]
+    calm = network.worker("calm", user=GPU2)
+    for _ in range(10):
+        for worker in noisy:
+            worker.ready(worker.epoch, slots=5)
+    assert all(worker.is_registered() for worker in noisy)
+    assert not any(worker.seen.slots == 5 for worker in noisy)
+    calm.ready(calm.epoch, slots=5)
+    assert calm.seen.slots == 5
+    network.beat_for(5.0, *noisy, calm)
+    assert 9 <= sum(worker.seen.slots == 5 for worker in noisy) <= 11
+    network.beat_for(5.5, *noisy, calm)
+    assert all(worker.seen.slots == 5 for worker in noisy)
+    network.check()
+
+
+def test_an_offer_of_many_models_counts_for_several() -> None:
+    network = Network(readies_per_s=10, access=access())
+    large = [network.worker(f"large{number}", *many(500), user=GPU) for number in range(5)]
+    assert [worker.is_registered() for worker in large] == [True, True, True, True, False]
+    (refused,) = refusals(large[4])
+    assert refused.code == 42901
+    assert refused.retry_after_ms is not None
+    network.advance(refused.retry_after_ms / 1000 + 0.001)
+    large[4].ready()
+    assert large[4].is_registered()
+    large[0].ready(large[0].epoch, slots=5)
+    assert large[0].seen.slots == 1
+    network.beat_for(3.0, *large)
+    assert large[0].seen.slots == 5
+    network.check()
+
+
+def test_workers_of_one_key_that_all_come_at_once_are_told_different_times() -> None:
+    """Told the same one, they would come together again and again, and one of them would be taken in each time."""
+    network = Network(readies_per_s=5, access=access())
+    fleet = [network.worker(f"w{number}", user=GPU) for number in range(90)]
+    waiting = [worker for worker in fleet if not worker.is_registered()]
+    assert len(waiting) == 40
+    began_s, attempts = network.now, 0
+    due = sorted((refusals(worker)[0].retry_after_ms or 0, number) for number, worker in enumerate(waiting))
+    assert len({after_ms for after_ms, _ in due}) == 40
+    for after_ms, number in due:
+        network.advance(began_s + after_ms / 1000 + 0.001 - network.now)
+        waiting[number].ready()
+        attempts += 1
+    assert all(worker.epoch for worker in waiting)
+    assert attempts == 40
+    crowd = [network.worker(f"c{number}", user=GPU) for number in range(200)]
+    assert max(refused.retry_after_ms or 0 for worker in crowd for refused in refusals(worker)) == 10_000
+
+
 def test_connections_that_were_quiet_are_forgotten_and_those_that_are_not_are_bounded() -> None:
     offers = Offers(ControllerConfig())
     for number in range(1000):
-        offers.take(60.0 * number, b"%d" % number, 10)
+        offers.take(60.0 * number, b"%d" % number)
     assert len(offers) == 1
-    for number in range(MOST_CONNECTIONS + 100):
-        offers.take(60_000.0, b"%d" % number, 10)
-    assert len(offers) == MOST_CONNECTIONS
+    for number in range(MOST_OWNERS + 100):
+        offers.take(60_000.0, b"%d" % number)
+    assert len(offers) == MOST_OWNERS
 
 
 def test_ten_thousand_registrations_of_one_name_cost_little() -> None:
@@ -97,7 +186,7 @@ def test_ten_thousand_registrations_of_one_name_cost_little() -> None:
     assert owner.is_registered()
     assert len(network.broker.registry.workers) <= 2
     assert len(network.reports) < 500
-    assert len(network.broker.members._offers) <= MOST_CONNECTIONS
+    assert len(network.broker.members._offers) <= MOST_OWNERS
     network.check()
 
 
@@ -130,6 +219,13 @@ def test_a_long_text_that_is_refused_is_not_repeated_whole() -> None:
 def test_an_offer_in_any_language_is_taken() -> None:
     network = Network()
     assert network.worker("w\u00e9", card("\u6a21\u578b", source="/srv/my models/\u6a21\u578b", features=["\u05d0"])).is_registered()
+
+
+@pytest.mark.parametrize(
+    "sign", ["\u3000", "\u00a0", "\ue000", "\U0001fae8"], ids=["wide space", "fixed space", "private", "new in Unicode 15"]
+)
+def test_a_path_may_hold_what_only_looks_unprintable(sign: str) -> None:
+    assert Network().worker("w", card(source=f"/srv/a{sign}b")).is_registered()
 
 
 def test_what_waits_for_a_worker_that_is_given_up_is_let_go() -> None:

@@ -7,6 +7,7 @@ import pytest
 from zmqserve import errors
 from zmqserve import messages as m
 
+from .fakes.effort import calls
 from .fakes.hierarchy import Tree
 from .fakes.network import Network, card
 from .fakes.scripted import ScriptedClient, ScriptedWorker
@@ -165,6 +166,24 @@ def one_left() -> tuple[Network, ScriptedClient, ScriptedWorker]:
     return network, client, generates
 
 
+def test_what_asks_for_different_things_ends_no_slower_than_what_asks_for_the_same() -> None:
+    """Where a model has no workers any fingerprint is taken on, and each waits in a queue of its own."""
+
+    def effort(fingerprints: int) -> int:
+        network = Network(orphan_grace_s=5.0)
+        network.worker().say(m.BYE)
+        client = network.client()
+        for rid in range(1, 301):
+            client.generate(rid, fingerprint=f"f{rid % fingerprints}")
+        network.now += 6.0
+        needed = calls(network.tick)
+        assert [client.error(rid).code for rid in range(1, 301)] == [errors.NoWorker.code] * 300
+        network.assert_clean()
+        return needed
+
+    assert effort(300) < 2 * effort(1)
+
+
 def test_each_waits_for_its_own_grace_time() -> None:
     """What has waited in vain for long takes nothing from what loses its worker later."""
     network, client, generates = one_left()
@@ -195,6 +214,25 @@ def test_a_grace_time_that_was_begun_for_one_who_gave_up_is_not_the_next_ones() 
     network.advance(1.0)
     assert client.error(2).code == errors.NoWorker.code
     assert not network.broker.registry.pools
+    network.assert_clean()
+
+
+def test_what_comes_back_to_a_model_while_it_is_given_up_is_not_given_up_with_it_unheard() -> None:
+    """Who is told that nobody came is gone, and so is a worker that is to cancel more of that one's: it still had another's request."""
+    network = Network(orphan_grace_s=10.0)
+    client, dies = network.client(), network.client()
+    worker = network.worker("w", card("m"), card("k"), slots=2)
+    client.generate(1)
+    dies.generate(2, "k")
+    network.advance(0.5)
+    worker.cards = [card("k")]
+    worker.ready(worker.epoch)
+    dies.generate(3)
+    network.beat_for(9.5, worker)
+    network.advance(0.2)
+    network.gone.update((dies.envelope[0], worker.identity))
+    network.advance(0.5)
+    assert client.error(1).code == errors.NoWorker.code
     network.assert_clean()
 
 

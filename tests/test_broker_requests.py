@@ -406,6 +406,20 @@ def test_busy_ends_a_request_that_was_cancelled_meanwhile() -> None:
     network.assert_clean()
 
 
+def test_the_slot_of_a_cancelled_request_that_was_answered_busy_goes_to_the_next_of_another_model() -> None:
+    network = Network()
+    worker = network.worker("w", card("m"), card("k", slots=1), slots=2)
+    client = network.client()
+    for rid, model in ((1, "k"), (2, "m"), (3, "m")):
+        client.generate(rid, model)
+    client.cancel(1)
+    worker.task(1).busy()
+    network.check()
+    for rid in (2, 3):
+        worker.task(rid).done()
+    network.assert_clean()
+
+
 def test_busy_ends_a_request_whose_deadline_has_passed_as_too_late() -> None:
     network = Network()
     client, worker = network.client(), network.worker()

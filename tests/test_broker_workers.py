@@ -37,6 +37,7 @@ def test_a_worker_registers_as_loading_and_changes_to_ready_under_the_same_epoch
     [
         ({"protocol": 2}, errors.ProtocolMismatch.code, "protocol 1"),
         ({"state": "asleep"}, errors.MalformedMessage.code, "asleep"),
+        ({"state": "x" * 500_000}, errors.MalformedMessage.code, "Ready.state"),
         ({"controllers": ["below", "here"]}, errors.RequestError.code, "loop"),
         ({"slots": -1}, errors.MalformedMessage.code, "Ready.slots"),
         ({"speed": 0.0}, errors.MalformedMessage.code, "Ready.speed"),
@@ -51,6 +52,7 @@ def test_an_offer_that_cannot_be_taken_is_refused_for_good(offer: dict[str, obje
     refused = refusal(worker)
     assert (refused.code, refused.retry_after_ms) == (code, None)
     assert text in refused.why
+    assert len(refused.why) < 1000
     assert not worker.is_registered()
     network.assert_clean()
 

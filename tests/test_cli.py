@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -83,6 +84,22 @@ def test_a_model_without_a_name_is_a_usage_error(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="2"):
         main(["worker", "echo", "--model", ""])
     assert capsys.readouterr().err.endswith("argument --model: must not be empty\n")
+
+
+@pytest.mark.parametrize(
+    ("stdin", "why"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"a\xff"), "utf-8"), "'utf-8' codec can't decode byte 0xff in position 1: invalid start byte"),
+        (None, "it is closed"),
+    ],
+    ids=["no text", "closed"],
+)
+def test_a_prompt_that_cannot_be_read_is_a_usage_error(
+    stdin: io.TextIOWrapper | None, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["ask", "m", "-", "--controller", "tcp://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == f"zmqserve: no prompt can be read from standard input: {why}\n"
 
 
 def test_a_wrong_endpoint_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,6 +222,13 @@ def test_endpoints_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         assert client.endpoints == ("tcp://a:1", "tcp://b:2")
 
 
+def test_an_empty_variable_names_no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a file of settings hands on what nobody has set."""
+    monkeypatch.setenv("ZMQSERVE_CONTROLLER", "")
+    with Client() as client:
+        assert client.endpoints == ("tcp://127.0.0.1:5570",)
+
+
 def test_keywords_are_those_of_the_params() -> None:
     """What type checkers offer is what may be given."""
     assert set(Sampling.__annotations__) == set(SamplingParams.__struct_fields__)
@@ -657,7 +664,66 @@ def test_a_lead_that_an_interrupt_tore_away_is_taken_up_again(start: Start) -> N
     assert stream.text() == "ok"
 
 
+TORN = """
+import itertools, sys, threading
+from zmqserve import Client
+
+class Interrupt(BaseException):
+    pass
+
+steps = comes_at = 0  # of the finalizer, in the client's code
+
+def step(frame, event, arg):
+    global steps
+    if "zmqserve" in frame.f_code.co_filename:
+        steps += 1
+        if steps == comes_at:
+            raise Interrupt
+    return step
+
+sys.unraisablehook = lambda _: None  # nobody gets what a finalizer raises
+with Client(sys.argv[1]) as client:
+    for comes_after in itertools.count(1):
+        stream = client.generate("m", "no answer")
+        comes_at = steps + comes_after
+        sys.settrace(step)
+        del stream
+        sys.settrace(None)
+        told = []
+        for ask in (lambda run: run(), lambda run: threading.Thread(target=run, daemon=True).start()):
+            answered = threading.Event()
+            ask(lambda: (told.append(client.generate("m", "x", stream=False).text), answered.set()))
+            assert answered.wait(5), f"interrupted in step {comes_after}, the client answers nobody any more"
+        assert told == ["ok", "ok"]
+        if steps < comes_at:
+            break
+print("interrupted", comes_after > 3)
+"""
+
+
+def test_a_client_outlives_an_interrupt_anywhere_in_a_streams_finalizer(start: Start) -> None:
+    broker, _ = start(lambda asked: [done(asked.rid, 0, last=chunk(asked.rid, 0, "ok"))] if getattr(asked, "prompt", "") == "x" else [])
+    program = [sys.executable, "-c", TORN, broker.endpoint]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (ended.stdout, ended.stderr) == ("interrupted True\n", "")
+
+
 # --- ends ----------------------------------------------------------------------------------------
+
+
+def test_a_drain_ends_in_time_while_another_thread_reads(start: Start) -> None:
+    """That one sleeps, and has nothing to do itself before the next second."""
+    broker, client = start(ttl_s=60, broker={"limits": m.Limits(ttl_ms=60_000), "pongs": False})
+    stream = client.generate("m", "x")
+    broker.expect(m.Generate)
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(stream.text)
+        broker.pings.get(timeout=PATIENCE_S)
+        began_s = monotonic()
+        assert not client.drain(0.1)
+        assert 0.1 <= monotonic() - began_s < 0.6
+        with pytest.raises(errors.ConnectionFailed, match="closed"):
+            reader.result(PATIENCE_S)
 
 
 def test_a_program_that_ends_with_open_streams_ends(start: Start) -> None:

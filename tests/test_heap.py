@@ -62,9 +62,10 @@ def test_a_worker_that_is_all_of_its_process_freezes_what_it_loaded(serve: str, 
     "arguments",
     [
         ("controller", "--clients", ANY, "--workers", ANY),
+        ("up", "echo", "--model", "m", "--clients", ANY, "--workers", ANY),
         ("bridge", "--model", "m", "--pull", "tcp://127.0.0.1:9", "--push", "tcp://127.0.0.1:9", "--drain", "0.1"),
     ],
-    ids=["controller", "bridge"],
+    ids=["controller", "up", "bridge"],
 )
 def test_a_command_that_serves_freezes_what_it_is_made_of(arguments: tuple[str, ...]) -> None:
     ended = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False)

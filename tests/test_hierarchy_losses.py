@@ -9,8 +9,9 @@ from zmqserve import messages as m
 from zmqserve.link import FRESH_SOCKET_S, MOST_REFUSED_S
 from zmqserve.uplink import Uplink
 
-from .fakes.hierarchy import Tree
+from .fakes.hierarchy import Node, Tree
 from .fakes.network import card
+from .fakes.scripted import ScriptedClient, ScriptedWorker
 
 # --- what dies
 
@@ -97,23 +98,69 @@ def test_a_request_that_no_child_can_take_any_more_waits_in_the_parent() -> None
     tree.assert_clean()
 
 
-def test_a_request_that_lost_its_worker_waits_for_another_one_of_the_same_child() -> None:
-    tree = Tree()
-    a, b = tree.chain(2)
-    lost = b.worker("lost")
+def lose_the_worker_beside_a_busy_one(tree: Tree, parent: Node, child: Node) -> tuple[ScriptedClient, ScriptedClient, ScriptedWorker]:
+    """The parent's request 1 loses its worker, while the other one below answers the child's own request 2. The two clients, and that
+    one."""
+    lost = child.worker("lost")
     tree.run()
-    client, own = a.client(), b.client()
+    client, own = parent.client(), child.client()
     client.generate(1)
     tree.run()
-    busy = b.worker("busy")
+    busy = child.worker("busy")
     own.generate(2)
     tree.run()
     lost.die()
     tree.run(1.2)
+    return client, own, busy
+
+
+def test_a_request_that_lost_its_worker_waits_for_another_one_of_the_same_child() -> None:
+    tree = Tree()
+    a, b = tree.chain(2)
+    _, _, busy = lose_the_worker_beside_a_busy_one(tree, a, b)
     assert [task.rid for task in busy.tasks] == [2]
     busy.task(2).done()
     assert busy.task(1).head.attempts == 1
     busy.task(1).done()
+    tree.assert_clean()
+
+
+def test_a_request_that_waits_for_a_child_whose_other_worker_is_lost_as_well_goes_on_at_a_sibling() -> None:
+    tree = Tree()
+    a = tree.node("a")
+    b = tree.node("b", a, orphan_grace_s=3.0)
+    client, own, busy = lose_the_worker_beside_a_busy_one(tree, a, b)
+    busy.say(m.BYE)
+    sibling = tree.node("c", a).worker("other")
+    tree.run(3.2)
+    assert sibling.task(1).head.attempts == 1
+    sibling.task(1).done()
+    tree.run()
+    assert isinstance(client.end(1), m.Done)
+    assert own.error(2).code == errors.NoWorker.code
+    tree.assert_clean()
+
+
+def test_a_controller_below_whose_workers_all_drain_is_no_other_worker_to_wait_for() -> None:
+    tree = Tree()
+    a = tree.node("a")
+    b = tree.node("b", a)
+    d = tree.node("d", b)
+    lost = b.worker("lost")
+    tree.run()
+    client, own = a.client(), d.client()
+    client.generate(1)
+    tree.run()
+    drains = d.worker("drains")
+    own.generate(2)
+    drains.say(m.DRAINING)
+    sibling = tree.node("c", a).worker("other")
+    tree.run()
+    lost.die()
+    tree.run(1.2)
+    assert sibling.task(1).head.attempts == 1
+    sibling.task(1).done()
+    drains.task(2).done()
     tree.assert_clean()
 
 

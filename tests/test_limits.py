@@ -147,8 +147,8 @@ def large_offer(bound: str) -> Network:
 def often(bound: str) -> Network:
     network = over(bound)
     worker = network.worker()
-    for _ in range(9):
-        worker.ready(worker.epoch)
+    for _ in range(50):
+        worker.ready(0)
     return network
 
 

@@ -251,6 +251,8 @@ def test_refused_for_now_tries_again_when_told(host: Host) -> None:
     assert host.take() == []
     host.run(0.2)
     assert host.take() == [m.READY]
+    host.hear(m.WELCOME, epoch=7, payload=m.encode(m.WorkerWelcome(m.PROTOCOL, "c", 3000)))
+    assert m.READY not in host.take()  # each of the two was answered
 
 
 def test_a_controller_that_refused_for_now_is_not_silent_meanwhile(host: Host) -> None:

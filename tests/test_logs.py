@@ -49,6 +49,23 @@ def test_a_reader_that_pauses_loses_lines_and_stops_nobody(monkeypatch: pytest.M
     assert len([part for part in got if part == line]) < 2000
 
 
+def test_what_waits_for_a_reader_that_pauses_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few lines may hold much: an exception's text, or what a peer chose."""
+    monkeypatch.setattr(logs, "MOST_BYTES", 10 * 2**20)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file, os.fdopen(reading, "rb") as reader:
+        lines = logs.Lines(file)
+        line = b"x" * (2**20 - 1) + b"\n"
+        for _ in range(200):
+            lines.write(line)
+        got: list[bytes] = []
+        while len(got) < 150 and not any(b"log lines were dropped" in part for part in got):
+            got.append(reader.readline())
+            lines.write(b"later\n")
+        lines.close()
+    assert 10 <= got.count(line) <= 25  # those, and what was being written when the others came
+
+
 def test_lines_that_wait_are_written_in_pieces_that_a_pipe_takes_whole() -> None:
     """A pipe takes a piece of PIPE_BUF bytes or none of it, so a program that is killed meanwhile leaves no half of a line."""
     pieces: list[bytes] = []

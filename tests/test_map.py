@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -222,10 +223,41 @@ def test_what_progress_raises_is_the_callers_even_if_it_looks_like_an_answers_er
     assert (results, told) == ([], [1])
 
 
+def test_an_error_keeps_nothing_but_itself(start: Start) -> None:
+    """Least of all until the garbage collector comes: it may be of millions of prompts."""
+
+    class Prompt(list[int]):
+        """One that tells whether it is still there."""
+
+    _, bulk = start(lambda asked: [m.Error(asked.rid, errors.BackendError.code, "bad")])
+    kept: list[weakref.ref[Prompt]] = []
+
+    def prompts() -> Iterator[Prompt]:
+        for _ in range(3):
+            prompt = Prompt([1, 2])
+            kept.append(weakref.ref(prompt))
+            yield prompt
+            del prompt
+
+    gc.collect()
+    gc.disable()
+    try:
+        found = [result.error for result in bulk.map("m", prompts())]
+        assert [type(error) for error in found] == [errors.BackendError] * 3
+        assert [ref() for ref in kept] == [None] * 3
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("where", ["source", "progress", "consumer"])
 def test_an_error_of_the_callers_own_ends_it_and_cancels_the_rest(start: Start, where: str) -> None:
+    first: list[m.Generate] = []
+
     def script(asked: Any) -> list[Any]:
-        return word(asked) if isinstance(asked, m.Generate) and (asked.prompt == "0" or asked.model == "again") else []
+        if not isinstance(asked, m.Generate) or asked.model == "again":
+            return word(asked)
+        first.append(asked)
+        return word(first[0]) if asked.prompt == "3" else []  # when all are asked that may be at once
 
     broker, bulk = start(script)
 

@@ -13,6 +13,7 @@ from zmqserve.need import Need
 from zmqserve.registry import MOST_LIGHT, Registry, Worker
 from zmqserve.waiting import WaitingRoom
 
+from .fakes.effort import calls
 from .fakes.network import card
 
 GENERATE, COUNT = Need("generate"), Need("count_tokens")
@@ -87,6 +88,47 @@ def test_a_model_is_found_by_name_before_alias() -> None:
     found = [known.find(name) for name in ("a", "b", "c", "d", "")]
     assert [pool.model if pool else None for pool in found] == ["a", "b", "a", None, None]
     assert known.known_models() == ["a", "b"]
+
+
+def test_a_worker_that_comes_changes_or_goes_costs_the_same_however_many_there_are() -> None:
+    """Each may offer a thousand models that all the others offer, too."""
+
+    def effort(workers: int) -> list[int]:
+        known, cards = registry(), [card(f"m{number}", aliases=[f"a{number}"]) for number in range(20)]
+        for number in range(workers):
+            known.add(worker(f"w{number}", *cards))
+        last, changed = worker("last", *cards), m.Ready(m.PROTOCOL, "last", "fake", "ready", cards[:10], 3, 1.0, 3000)
+        return [calls(lambda: known.add(last)), calls(lambda: known.update(last, changed)), calls(lambda: known.remove(last))]
+
+    assert all(with_many < 2 * with_few for with_few, with_many in zip(effort(10), effort(100), strict=True))
+
+
+def test_a_models_card_verbs_and_aliases_are_what_its_workers_offer_now() -> None:
+    """Whatever comes, changes or goes: the same as if it was all looked at anew."""
+    random, known = Random(5), registry()
+    there: dict[str, Worker] = {}
+    for step in range(400):
+        name = f"w{random.randrange(6)}"
+        verbs = random.sample(["generate", "chat", "embed"], random.randrange(4))
+        offered = card(verbs=verbs, aliases=random.choices("xyz", k=random.randrange(4)), context_length=step)
+        ready = worker(name, offered, state=random.choice(["ready", "loading"]))
+        if name not in there:
+            there[name] = ready
+            known.add(ready)
+        elif random.random() < 0.5:
+            known.remove(there.pop(name))
+        else:
+            state = "loading" if ready.loading else "ready"
+            known.update(there[name], m.Ready(m.PROTOCOL, name, "fake", state, [offered], 2, 1.0, 3000))
+        pool = known.pools["m"]
+        offers = {each.name: each.cards["m"] for each in there.values()}
+        ready_ones = [offers[each.name] for each in there.values() if not each.loading and offers[each.name].verbs]
+        if offers:
+            assert pool.card == next(iter(ready_ones or offers.values()))
+            assert pool.aliases == {alias for each in offers.values() for alias in each.aliases}
+            assert pool.partial == {alias for alias in pool.aliases if not all(alias in each.aliases for each in offers.values())}
+        for verb in ("generate", "chat", "embed"):
+            assert pool.can(Need(verb)) == any(Need(verb).met_by(each) for each in ready_ones)
 
 
 def test_a_pool_outlives_its_last_worker_with_card_and_aliases_until_it_is_discarded() -> None:

@@ -14,6 +14,7 @@ from zmqserve.errors import (
     ControllerLost,
     ControllerUnreachable,
     DeadlineExceeded,
+    GoingAway,
     InvalidParameter,
     MalformedMessage,
     Overloaded,
@@ -21,6 +22,7 @@ from zmqserve.errors import (
     SlowConsumer,
     StreamGap,
     UnknownModel,
+    WorkerLost,
 )
 from zmqserve.params import SamplingParams
 from zmqserve.peer import State
@@ -169,6 +171,46 @@ def test_after_a_long_silence_the_next_controller_takes_what_an_old_connection_d
     assert world.wire.connected == ["tcp://a:1", "tcp://b:2"]
     world.welcome()
     assert call.sent
+
+
+def test_after_a_long_silence_who_is_patient_waits_for_the_controller_to_be_back() -> None:
+    world = World().welcomed()
+    world.pass_s(60)
+    patient, other = world.open(patient=True), world.open()
+    world.pass_s(9)
+    assert isinstance(other.end, ControllerUnreachable)
+    assert ended(patient) is None
+    world.welcome()
+    assert patient.sent
+
+
+def test_who_is_patient_and_could_not_be_sent_to_a_controller_that_was_lost_waits_for_it_to_be_back() -> None:
+    world = World().welcomed()
+    world.open()
+    world.wire.takes = False
+    patient = world.open(patient=True)
+    world.disconnect()
+    world.wire.takes = True
+    world.pass_s(9)
+    assert ended(patient) is None
+    world.welcome()
+    assert patient.sent
+
+
+@pytest.mark.parametrize("code", [GoingAway.code, WorkerLost.code, Overloaded.code])
+def test_whatever_answers_a_hello_is_no_word_about_a_request(code: int) -> None:
+    """It would be sent again at once, to the same, without end, and then twice."""
+    world = World()
+    call = world.open()
+    world.hear(m.Error(0, code, "not now", True))
+    assert ended(call).code == code
+    assert world.wire.connected == ["tcp://a:1"]
+    again = world.open(retries=1)
+    world.hear(m.Error(0, code, "not now", True))
+    world.pass_s(0.2)
+    world.welcome()
+    assert again.sent
+    assert asked(world) == [again.request]
 
 
 def test_a_connection_found_broken_is_made_anew() -> None:

@@ -171,9 +171,11 @@ def desktop(request: pytest.FixtureRequest) -> Iterator[Desktop]:
     assert desktop.workload.running == 0
 
 
-def ask(desktop: Desktop, peer: Peer, rid: int, tokens: int = 100, model: str = "m", deadline_ms: int | None = None) -> None:
+def ask(
+    desktop: Desktop, peer: Peer, rid: int, tokens: int = 100, model: str = "m", deadline_ms: int | None = None, stream: bool = True
+) -> None:
     peer.open[1, rid] = 0
-    request = m.Generate(rid, model, prompt="a", params=SamplingParams(max_tokens=tokens))
+    request = m.Generate(rid, model, stream=stream, prompt="a", params=SamplingParams(max_tokens=tokens))
     peer.say(desktop.loop.now, m.REQUEST, m.encode(request), client=1, rid=rid, deadline_ms=deadline_ms)
     desktop.take_calls()
 
@@ -265,6 +267,54 @@ def test_an_engine_that_hangs_is_no_younger_for_what_ends_without_it(desktop: De
     desktop.pass_on()
     assert desktop.workload.running == 1
     assert desktop.step_age_s() == 20.0
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_an_engine_steps_with_each_piece_that_it_makes(desktop: Desktop, stream: bool) -> None:
+    ask(desktop, desktop.peers[0], 1, stream=stream)
+    for _ in range(3):
+        desktop.loop.now += 20.0
+        desktop.loop.turn()
+        desktop.loop.turn()  # what was gathered leaves at the end of a turn
+        assert desktop.step_age_s() == 0.0
+
+
+def test_a_worker_whose_controller_takes_nothing_is_well_for_another_one(desktop: Desktop) -> None:
+    first, other = desktop.peers
+
+    def told_ms(peer: Peer) -> float:
+        desktop.loop.now += 0.5
+        peer.link.others_changed(desktop.loop.now)
+        desktop.tick()
+        assert peer.load is not None
+        return peer.load.step_age_ms
+
+    ask(desktop, first, 1)
+    desktop.full.add(first.link)
+    assert (told_ms(other), told_ms(other)) == (0.0, 0.0)
+    ask(desktop, other, 2)
+    assert (told_ms(other), told_ms(other)) == (500.0, 1000.0), "since it has something to make"
+    desktop.full.clear()
+    desktop.run_out()
+
+
+@pytest.mark.parametrize("how", ["it takes again", "its connection breaks"])
+def test_the_time_for_which_a_controller_took_nothing_is_not_told_when_it_is_over(desktop: Desktop, how: str) -> None:
+    first, other = desktop.peers
+    ask(desktop, first, 1)
+    desktop.full.add(first.link)
+    desktop.tick()
+    desktop.loop.now += 70.0
+    desktop.tick()
+    desktop.full.clear()
+    if how == "its connection breaks":
+        first.disconnect(desktop.loop.now)
+    desktop.loop.now += LOAD_GAP_S
+    other.link.others_changed(desktop.loop.now)
+    desktop.tick()
+    assert other.load is not None
+    assert other.load.step_age_ms <= 1000 * LOAD_GAP_S + 0.1
+    desktop.run_out()
 
 
 def test_what_a_broken_connection_left_in_the_engine_and_on_the_way_never_leaves(desktop: Desktop) -> None:

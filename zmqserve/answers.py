@@ -293,6 +293,8 @@ class Job(GenerateJob):
             self._size_bytes += _least_bytes(chunk)
             answer.check_size(self._size_bytes)
             self._parts[chunk.index].append(chunk)
+            turn = self._gather.turn
+            turn.stepped_s = turn.now()  # it passes nothing on before the end
         elif self._last is not chunk:
             raise RuntimeError(f"a delta of choice {chunk.index} after the last finish_reason")
 

@@ -111,7 +111,7 @@ class Asking:
             if name not in ClientOptions.__annotations__:
                 raise unknown(name, "an option of a client", ClientOptions.__annotations__)
         if endpoints is None:
-            endpoints = os.environ.get(ENDPOINTS_VARIABLE, CLIENT_ENDPOINT).split(",")
+            endpoints = (os.environ.get(ENDPOINTS_VARIABLE) or CLIENT_ENDPOINT).split(",")
         elif isinstance(endpoints, str):
             endpoints = [endpoints]
         if not isinstance(endpoints, Sequence) or not all(isinstance(endpoint, str) for endpoint in endpoints):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 from .bucket import Bucket
 from .endings import overloaded
@@ -16,62 +18,97 @@ if TYPE_CHECKING:
     from .messages import ModelCard, Ready
     from .registry import Registry
 
-BURST_S = 2.0
-"""A connection that was quiet may send as many offers at once as it may in so long."""
+BURST_S = 10.0
+"""Who was quiet may send as many offers at once as in so long."""
+NAMES_AS_ONE = 20
+"""An offer counts as one, and as one more for each so many names of models: with these grows what it costs."""
+MOST_LATER_S = 10.0
+"""Those who come too often are told to come again one after another, but not later than that."""
 AUTOMATIC_BYTES = 5
 """Of a routing id that libzmq gives: a zero, which none that is chosen may begin with, and a number."""
+NO_SIGNS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what writes nothing, but may move a cursor. Other spaces are harmless, and stand in paths of models."""
 SHOWN = 100
 """Characters of a text that an error repeats: some texts of an offer may be as long as it."""
-MOST_CONNECTIONS = 10_000
-"""Connections whose offers are counted; of more, those that were counted first are not any longer."""
+MOST_OWNERS = 10_000
+"""Keys or connections whose offers are counted; of more, those that were counted first are not any longer."""
 
 
 class Offers:
-    """How often each connection of the worker side says READY, counted before any of it is read."""
+    """How often each key of the worker side says READY, or each connection where there are no keys, counted before any of it is read."""
 
     def __init__(self, config: ControllerConfig) -> None:
         self._config = config
-        self._buckets: OrderedDict[bytes, Bucket] = OrderedDict()
+        self._owners: OrderedDict[bytes | str, _Owner] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._buckets)
+        return len(self._owners)
 
     def __repr__(self) -> str:
-        return f"Offers({len(self)} connections)"
+        return f"Offers({len(self)} owners)"
 
-    def take(self, now: float, connection: bytes, size: int) -> None:
-        """One more, of so many bytes. Raises Refused when it is too long, and RateLimited when it is one too many."""
-        most, rate = self._config.ready_bytes, self._config.readies_per_s
-        if size > most:
+    def check_size(self, size: int) -> None:
+        """Raises Refused for an offer of too many bytes."""
+        if size > (most := self._config.ready_bytes):
             text = f"the offer is {size} bytes long, this controller takes {most} (ready_bytes): offer fewer models"
             raise Refused(text, data={"bound": "ready_bytes", "limit": most})
-        bucket = self._buckets.get(connection)
-        if bucket is None:
-            self._forget(now)
-            bucket = self._buckets[connection] = Bucket(rate, max(1.0, BURST_S * rate), now)
-        self._buckets.move_to_end(connection)
-        wait_s = bucket.wait_s(now, 1.0)
+
+    def wait_s(self, now: float, owner: bytes | str) -> float:
+        """Seconds until the next one of `owner` may come."""
+        return self._owner(now, owner).bucket.wait_s(now, 1.0)
+
+    def take(self, now: float, owner: bytes | str) -> None:
+        """One more. Raises RateLimited when it is one too many: each of those who hear so is given a time of its own."""
+        held = self._owner(now, owner)
+        wait_s = held.bucket.wait_s(now, 1.0)
         if wait_s > 0:
-            text = f"a worker may register or change its offer {rate:g} times a second (readies_per_s)"
-            raise RateLimited(text, retry_after_ms=ceil(wait_s * 1000), data={"bound": "readies_per_s", "limit": rate})
-        bucket.take(now, 1.0)
+            rate = self._config.readies_per_s
+            held.promised_s = min(max(now + wait_s, held.promised_s + 1 / rate), now + max(wait_s, MOST_LATER_S))
+            text = f"workers of one key may register or change their offers {rate:g} times a second, with many models less (readies_per_s)"
+            later_ms = ceil((held.promised_s - now) * 1000)
+            raise RateLimited(text, retry_after_ms=later_ms, data={"bound": "readies_per_s", "limit": rate})
+        held.bucket.take(now, 1.0)
+
+    def charge(self, now: float, owner: bytes | str, names: int) -> None:
+        """The one that was taken holds so many names of models: the next may have to wait for it."""
+        self._owner(now, owner).bucket.take(now, min(names, self._config.worker_models) // NAMES_AS_ONE)
+
+    def _owner(self, now: float, name: bytes | str) -> _Owner:
+        owner = self._owners.get(name)
+        if owner is None:
+            self._forget(now)
+            rate = self._config.readies_per_s
+            owner = self._owners[name] = _Owner(Bucket(rate, max(1.0, BURST_S * rate), now))
+        self._owners.move_to_end(name)
+        return owner
 
     def _forget(self, now: float) -> None:
         """Who was heard of long ago would have a new bucket's fill: connections that have gone are not told of here."""
-        while self._buckets:
-            oldest = next(iter(self._buckets.values()))
-            if oldest.level(now) < oldest.most and len(self._buckets) < MOST_CONNECTIONS:
+        while self._owners:
+            oldest = next(iter(self._owners.values())).bucket
+            if oldest.level(now) < oldest.most and len(self._owners) < MOST_OWNERS:
                 break
-            self._buckets.popitem(last=False)
+            self._owners.popitem(last=False)
 
 
-def check_offer(config: ControllerConfig, registry: Registry, ready: Ready, *, new: bool) -> None:
-    """Whether a worker may offer that, and come if it is `new`. Raises MalformedMessage for texts that no terminal should be shown,
-    Refused, and Overloaded where there may be room later."""
-    names = {name for card in ready.models for name in (card.name, *card.aliases)}
+@dataclass(slots=True)
+class _Owner:
+    """Who says READY. `promised_s`: the last time that one of its workers was told to come again at."""
+
+    bucket: Bucket
+    promised_s: float = 0.0
+
+
+def names_of(ready: Ready) -> set[str]:
+    """The names and aliases of the models that it offers."""
+    return {name for card in ready.models for name in (card.name, *card.aliases)}
+
+
+def check_offer(config: ControllerConfig, registry: Registry, ready: Ready, names: Collection[str], *, new: bool) -> None:
+    """Whether a worker may offer that, by these `names`, and come if it is `new`. Raises MalformedMessage for texts that no terminal should
+    be shown, Refused, and Overloaded where there may be room later."""
     for text in (ready.name, ready.backend, ready.version, *ready.controllers, *names, *_texts(ready.models)):
-        if not text.isprintable():
-            sign = next(sign for sign in text if not sign.isprintable())
+        if not text.isprintable() and (sign := next((sign for sign in text if category(sign) in NO_SIGNS), "")):
             raise MalformedMessage(f"{text[:SHOWN]!r} in the offer holds {sign!r}, a character that cannot be printed: leave it out")
     for bound, what, found, limit in (
         ("worker_models", "names of models", len(names), config.worker_models),

@@ -95,12 +95,9 @@ class Bulk:
         if not call.sent and isinstance(call.end, ConnectionFailed):
             self.refuse(index, call.end)
             return
-        prompt = self._prompts.pop(index)
-        try:
-            result = MapResult(index, prompt, completed(call))
-        except ZmqserveError as error:
-            result = MapResult(index, prompt, error=error)
-        self._put(result)  # what `progress` raises is the caller's
+        prompt, end = self._prompts.pop(index), call.end
+        # Not raised to be caught: the traceback would keep it all until the garbage collector comes.
+        self._put(MapResult(index, prompt, error=end) if isinstance(end, ZmqserveError) else MapResult(index, prompt, completed(call)))
 
     def next(self) -> MapResult | None:
         """The next result, if it may be handed on now."""

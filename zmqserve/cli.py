@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(error: ZmqserveError) -> int:
-    """Say what went wrong; returns the exit code."""
+    """Say what went wrong, after what was logged before; returns the exit code."""
+    logs.finish()
     say(f"zmqserve: {error}", file=sys.stderr)
     if isinstance(error, ConnectionFailed):
         return UNREACHABLE
@@ -119,25 +120,26 @@ def worker(args: argparse.Namespace) -> int:
     try:
         made.run()
     except BaseException as error:
-        if made.left_engine:
+        if made.left_running:
             _leave(error)
         raise
-    if made.left_engine:
+    if made.left_running:
         _leave(None)
     return 0
 
 
 def _leave(error: BaseException | None) -> NoReturn:
-    """End the process at once: Python's own exit would wait for the threads of an engine that hangs."""
+    """End the process at once: Python's own exit would wait for the threads of an engine that hangs, or of a load that goes on."""
     logs.finish()
-    code = 0
-    if isinstance(error, ZmqserveError):
-        code = _told(error)
-    elif error is not None:
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = FAILED
-    sys.stderr.flush()
-    os._exit(code)
+    code = 0 if error is None else FAILED
+    try:
+        if isinstance(error, ZmqserveError):
+            code = _told(error)
+        elif error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 # --- asking ------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def _leave(error: BaseException | None) -> NoReturn:
 
 def ask(args: argparse.Namespace) -> int:
     """Stream an answer to the terminal."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
     given = {"max_tokens": args.max_tokens, "seed": args.seed, "temperature": args.temperature, "stop": args.stop}
     params = build(SamplingParams, None, {name: value for name, value in given.items() if value is not None})
     with _client(args) as client:
@@ -164,6 +166,16 @@ def ask(args: argparse.Namespace) -> int:
         if args.stats:
             say(figures(stream.completion), file=sys.stderr)
     return 0
+
+
+def _standard_input() -> str:
+    """The prompt that is there; InvalidParameter where there is none."""
+    try:
+        if sys.stdin is None:
+            raise OSError("it is closed")
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameter(f"no prompt can be read from standard input: {error}", data={"parameter": "prompt"}) from None
 
 
 def _can_chat(client: Client, name: str) -> bool:

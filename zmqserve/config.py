@@ -38,7 +38,8 @@ class ControllerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_clients: clients with open requests; beyond it, Overloaded.
     max_workers: registered workers; beyond it they are told to come later, and so beyond max_models: names and aliases of all models.
     worker_models, worker_slots: what one worker may offer: names and aliases of models, and slots.
-    ready_bytes, readies_per_s: a worker's offer (READY) that is larger is refused, and so is one of a connection that sends more often.
+    ready_bytes, readies_per_s: a worker's offer (READY) that is larger is refused; of one key (or connection, without keys) so many are
+    taken, large ones count as several: beyond it new workers are told to come later, and changes of an offer wait, the last one only.
     memory_bytes: a controller whose process holds more ends itself, as MemoryExceeded, before the machine suffers. 0: never. None: 80 %
     of the machine's memory, or of its control group's.
     default_deadline_s: for requests without a deadline of clients that never Ping; nothing else would bound those.
@@ -83,7 +84,7 @@ class ControllerConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     worker_models: Annotated[int, Meta(ge=1, le=MAX_MODELS)] = MAX_MODELS
     worker_slots: Annotated[int, Meta(ge=1, le=MAX_SLOTS)] = MAX_SLOTS
     ready_bytes: Size = 2**20
-    readies_per_s: Annotated[float, Meta(gt=0, le=1e6)] = 100.0
+    readies_per_s: Annotated[float, Meta(gt=0, le=1e6)] = 200.0
     memory_bytes: Annotated[int, Meta(ge=0, le=2**50)] | None = None
     pipe_messages: Annotated[int, Meta(ge=1, le=1_000_000)] = 2048
     default_deadline_s: Seconds = 600.0

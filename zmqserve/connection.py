@@ -140,14 +140,9 @@ class Connection:
             self._after_send()
 
     def abandon(self, call: Call) -> None:
-        """`cancel` for a finalizer, which starts no threads and does not wait. If it can't be done now the next `turn` does it."""
+        """`cancel` for a finalizer, which waits for nothing and takes no lock: an interrupt could keep it from giving that back."""
         self._pump.abandoned.append(call)
-        if not self._inside and self._mutex.acquire(blocking=False):
-            try:
-                self._pump.cancel_abandoned()
-                self._after_send()
-            finally:
-                self._mutex.release()
+        self._keeper.wake()
 
     def wait(self, call: Awaited) -> None:
         """Sleep until `call` has something to read or has ended. One thread per call."""
@@ -195,6 +190,7 @@ class Connection:
             if self._pump.closed:
                 return True
             draining = self._pump.session.drain(monotonic(), timeout_s)
+            self._after_send()
             self._call_keeper()
         self.wait(draining)
         self.close()
@@ -313,6 +309,8 @@ class Connection:
     def _look(self) -> float | None:
         """The keeper's round: see that Pings go out, and that somebody leads. Returns how long it may sleep, None: until it is woken."""
         with self._mutex:
+            if self._pump.abandoned:
+                self._after_send()
             if self._leader is None:
                 self._pump.line.dirty = self._pump.suspects = True
                 self._pump.turn(None)

@@ -91,10 +91,6 @@ class Desk:
         """Seconds since anything was made."""
         return max(0.0, self._now() - self._turn.stepped_s)
 
-    def rouse(self) -> None:
-        """The first request after idle time comes: what was before says nothing about it. From any thread."""
-        self._turn.stepped_s = self._now()
-
     def request(self, lane: Lane, head: ControllerHead, payload: bytes, slot: bool, share: str, arrived_s: float) -> None:
         """Begin to answer. `slot` and `share` are what the Answer holds."""
         self._lanes.add(lane)

@@ -59,22 +59,16 @@ class Failover:
         """Take on a new request; see Session.open. Raises InvalidParameter when it is too large for the controller that is there."""
         if self.peer.state is OPEN:
             self._check_size(call.payload)
-        elif call.patient and self.peer.controller:
-            self._recovery(call).until_s = now + self._failover_s
         alone = not self.calls
         self.calls[call.rid] = call
         self._send(now, call, alone=alone, later=later)
+        if call.patient and self.peer.controller and self.peer.state is not OPEN:
+            self._recovery(call).until_s = now + self._failover_s
 
     def fail(self, now: float, call: Call, error: ZmqserveError) -> None:
         """The controller has ended it with this error: send it again, or end it."""
         call.there = False
-        pause_s = self._recovery(call).after(now, call, error)
-        if pause_s is None:
-            self.end(call, error)
-        elif pause_s <= 0:
-            self._again(now, call)
-        else:
-            call.pause = self._agenda.at(now + pause_s, lambda now: self._again(now, call))
+        self._go_on(now, call, error, self._recovery(call).after(now, call, error))
 
     def disown(self, now: float, call: Call, error: Failure) -> None:
         """The controller does not know it any more, though it is there itself: send it again, or end it."""
@@ -138,7 +132,7 @@ class Failover:
                 call.there = False
                 if not self._recovery(call).lost_controller(now, call, until_s, its_end := error()):
                     self.end(call, its_end)
-            elif call.sent:
+            elif call.sent or call.patient:
                 self._recovery(call).until_s = until_s
         self._outgoing.renew(call for call in self.calls.values() if call.pause is None)
         self._be_patient(until_s)
@@ -175,6 +169,15 @@ class Failover:
             self.flush()
         call.round_ends = peer.round_ends(now)
 
+    def _go_on(self, now: float, call: Call, error: ZmqserveError, pause_s: float | None) -> None:
+        """Send a request again after this pause, or end it; see Recovery.after."""
+        if pause_s is None:
+            self.end(call, error)
+        elif pause_s <= 0:
+            self._again(now, call)
+        else:
+            call.pause = self._agenda.at(now + pause_s, lambda now: self._again(now, call))
+
     def _again(self, now: float, call: Call) -> None:
         """Send a request once more."""
         call.pause = None
@@ -210,9 +213,13 @@ class Failover:
                 continue
             if call.sent and not hopeless:
                 why = f"{self._loss}, and none answered at {self.peer.where} within {self._failover_s:g} s"
-                self.fail(now, call, ControllerLost(why, data={"endpoints": list(self.peer.endpoints)}))
+                lost: ZmqserveError = ControllerLost(why, data={"endpoints": list(self.peer.endpoints)})
             elif error is not None:
-                self.fail(now, call, error())
+                lost = error()
+            else:
+                continue
+            # Whatever who was greeted said: it had nothing of this request.
+            self._go_on(now, call, lost, self._recovery(call).turned_down(now, call, lost))
         self._outgoing.renew(call for call in self._outgoing if call.pause is None)
 
     def _check_size(self, payload: bytes) -> None:

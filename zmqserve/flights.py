@@ -254,8 +254,8 @@ class Flights:
         self.registry.refused(worker, flight.pool.model)
         if flight.ending is not None:
             self.settle_unsent(flight, now, flight.ending)
-            return
-        self._homeless.append(flight)
+        else:
+            self._homeless.append(flight)
         self.feed(worker, now)
 
     def lost_below(self, flight: Flight, attempts: int, now: float) -> bool:
@@ -347,11 +347,14 @@ class Flights:
         self._place_homeless(now)
 
     def fail_waiting(self, pool: Pool, needs: frozenset[Need], now: float) -> None:
-        """Nobody came back who can do that: whoever waits for it ends as NoWorker."""
-        while (flight := pool.waiting.head(needs)) is not None:
-            pool.waiting.remove(flight)
-            text = f"all workers of {pool.model} that could {flight.need.verb} this are gone"
-            self.settle_unsent(flight, now, "no_worker", NoWorker(text, retry_after_ms=1000, data={"model": pool.model}))
+        """Nobody came back who can do that: whoever waits for it goes back to the parent that sent it, or ends as NoWorker."""
+        for need in pool.waiting.needs():  # one by one: a look for whose turn it is among all would cost each of them as much as all
+            while need in needs and (flight := pool.waiting.head(frozenset((need,)))) is not None:
+                pool.waiting.remove(flight)
+                if self._hand_back(flight, now):
+                    continue
+                text = f"all workers of {pool.model} that could {need.verb} this are gone"
+                self.settle_unsent(flight, now, "no_worker", NoWorker(text, retry_after_ms=1000, data={"model": pool.model}))
 
     def heed_aliases(self, pool: Pool) -> None:
         """Workers have come that do not know all of the model's names: what asks by one of these is not for them."""

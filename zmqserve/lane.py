@@ -29,6 +29,9 @@ class Outbound(Protocol):
     def behind(self, lane: Lane) -> bool:
         """Whether more is made than leaves: for this lane's controller, or for all together."""
 
+    def pauses(self, lane: Lane) -> bool:
+        """Whether the lane is congested and will stay so for now."""
+
     def post(self, lane: Lane, head: bytes, payload: bytes, ended: Answer | None = None) -> None:
         """Send it soon. `ended`: with it this answer's slot is free. Empty frames only free the slot."""
 

@@ -290,6 +290,8 @@ class ControllerLink:
             self._unregister("refused")
         else:
             self._unregister("registering")
+            if self._readies == 1:  # that is what it answers
+                self._readies = 0
             was, self.refusal = self.refusal, refusal
             again_s = now + min(refusal.retry_after_ms / 1000, MOST_REFUSED_S)
             self._due_s = inf if self._draining else again_s

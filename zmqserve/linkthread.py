@@ -112,6 +112,11 @@ class LinkThread(threading.Thread):
         """As Outbound says."""
         return len(self._frames) > FRAMES or lane.posted_bytes - lane.gone_bytes > self._outbox_bytes
 
+    def pauses(self, lane: Lane) -> bool:
+        """As Outbound says."""
+        waiting_bytes = lane.posted_bytes - lane.gone_bytes
+        return lane.congested and (2 * len(self._frames) > FRAMES or 2 * waiting_bytes > self._outbox_bytes)
+
     def wake(self) -> None:
         """Look at what was posted."""
         if not self._rung:
@@ -183,10 +188,9 @@ class LinkThread(threading.Thread):
 
     def _relieve(self) -> None:
         """Let the engine make more for controllers that take again what it makes."""
-        if 2 * len(self._frames) <= FRAMES:
-            for lane in self.workload.links.values():
-                if lane is not None and lane.congested and 2 * (lane.posted_bytes - lane.gone_bytes) <= self._outbox_bytes:
-                    self._hand(lane.relieved)
+        for lane in self.workload.links.values():
+            if lane is not None and lane.congested and not self.pauses(lane):
+                self._hand(lane.relieved)
 
     def _close(self) -> None:
         lingers_ms = [self._linger_ms(port.link) for port in self._ports.values()]

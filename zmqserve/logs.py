@@ -23,7 +23,7 @@ import structlog
 
 from .terminal import escaped
 
-MOST_LINES = 10_000
+MOST_LINES, MOST_BYTES = 10_000, 16 * 2**20
 CLOSE_S = 1.0
 GATHER_S = 0.02
 """Lines of so long are written together: a thread that wakes for each takes the interpreter from who serves requests."""
@@ -78,13 +78,14 @@ def _quiet() -> Any:
 class Lines:
     """A file for loggers whose writes never block and never fail: a thread passes them on to `file`.
 
-    A reader that pauses (a pager, a full pipe) must not stop a controller, nor one that is gone end it. Up to MOST_LINES wait;
-    what comes beyond that is dropped, and said when there is room again.
+    A reader that pauses (a pager, a full pipe) must not stop a controller, nor one that is gone end it. Up to MOST_LINES and
+    MOST_BYTES wait; what comes beyond that is dropped, and said when there is room again.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._lines: deque[bytes] = deque()
+        self._bytes = 0
         self._dropped = 0
         self._some = threading.Event()
         self._ending = threading.Event()
@@ -97,8 +98,10 @@ class Lines:
 
     def write(self, text: str | bytes) -> int:
         """Keep it for the thread."""
-        if len(self._lines) < MOST_LINES:
-            self._lines.append(text.encode(errors="replace") if isinstance(text, str) else text)
+        line = text.encode(errors="replace") if isinstance(text, str) else text
+        if len(self._lines) < MOST_LINES and self._bytes < MOST_BYTES:
+            self._lines.append(line)
+            self._bytes += len(line)  # another thread's may be missed; it begins anew each time that they are passed on
         else:
             self._dropped += 1
         if not self._some.is_set():
@@ -123,6 +126,7 @@ class Lines:
                 dropped, self._dropped = self._dropped, 0
                 self._lines.append(f"zmqserve: {dropped} log lines were dropped: they are not read as fast as they come\n".encode())
             parts = [self._lines.popleft() for _ in range(len(self._lines))]
+            self._bytes = 0
             with contextlib.suppress(OSError, ValueError):
                 for batch in _batches(parts):
                     self._file.write(batch)
@@ -147,7 +151,7 @@ _configured: list[Lines] = []
 
 
 def finish() -> None:
-    """Give lines that wait a moment to leave: for who ends the process past Python's own exit."""
+    """Give lines that wait a moment to leave: for who has a last word to say, or ends the process past Python's own exit. Later lines are lost."""
     for lines in _configured:
         lines.close()
 

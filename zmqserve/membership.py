@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from . import messages as m
 from .access import UNREAD, Access
-from .bounds import Offers, check_offer, check_routing_id
+from .bounds import Offers, check_offer, check_routing_id, names_of
 from .config import ControllerConfig
 from .delivery import GONE, SENT
 from .endings import BROKE_PROTOCOL, REFUSED, count_error
@@ -21,6 +23,8 @@ DOUBLE_PATH_RETRY_MS = 10_000
 """When a controller below that can be reached by two ways may ask again: the other way may have gone by then."""
 PROBE_S, PROBE_EACH_S = 0.02, 1e-4
 """Between two beats to everybody, when connections break; with many workers so much for each of them: strangers, too, connect and go."""
+LEAST_WAIT_S = 0.001
+"""Of a change that is put off: a bucket may seem to hold a little less than one when it is time for the next."""
 MAX_TOLD = 10_000
 """Unknown workers remembered as told to register; each is told once per heartbeat, not once per message."""
 
@@ -51,6 +55,7 @@ class Membership:
         self._beat_s = config.ttl_s / BEATS_PER_TTL
         self._access = access
         self._offers = Offers(config)
+        self._changing: dict[bytes | str, deque[Worker]] = {}
         self._told: dict[bytes, tuple[float, int, bool]] = {}
         self._probes = 0
         self._probe_timer: Timer | None = None
@@ -68,13 +73,20 @@ class Membership:
                 self.fence(known, "it registered again", now, clean=True)
                 return
             user = known.user
+        owner = identity if user is None or user == UNREAD else user
         try:
-            self._offers.take(now, identity, len(payload))
+            self._offers.check_size(len(payload))
+            if update and known is not None and (known.change is not None or self._offers.wait_s(now, owner) > 0):
+                self._put_off(now, owner, known, payload)
+                return
+            self._offers.take(now, owner)
             ready = m.read(self._readies, payload)
+            names = names_of(ready)
+            self._offers.charge(now, owner, len(names))
             if user is not None:
                 check_routing_id(identity)
             key = self._access.worker(user, ready.name, ready.models) if self._access is not None and user is not None else ""
-            check_offer(self.config, self.registry, ready, new=known is None)
+            check_offer(self.config, self.registry, ready, names, new=known is None)
             self._check_ready(now, identity, ready)
             if update and known is not None and ready.name != known.name:
                 raise RequestError(f"worker {known.name} cannot become {ready.name}: a name is for as long as a registration")
@@ -110,6 +122,36 @@ class Membership:
             "worker came", worker=worker.name, state=worker.state, models=sorted(worker.cards), slots=worker.slots, speed=worker.speed
         )
         self.flights.feed(worker, now)
+
+    def _put_off(self, now: float, owner: bytes | str, worker: Worker, payload: bytes) -> None:
+        """It changes its offer more often than it may: the last of these changes comes into force when it may, after others of its key."""
+        worker.lease.heard_s = now
+        self.counters["offers put off"] += 1
+        before, worker.change = worker.change, payload
+        if before is not None:
+            self._welcome(worker)  # that one will not come into force, and each is answered
+            return
+        queue = self._changing.get(owner)
+        if queue is None:
+            queue = self._changing[owner] = deque()
+            self._catch_up_later(now, owner)
+        queue.append(worker)
+
+    def _catch_up_later(self, now: float, owner: bytes | str) -> None:
+        self.agenda.at(now + max(LEAST_WAIT_S, self._offers.wait_s(now, owner)), partial(self._catch_up, owner))
+
+    def _catch_up(self, owner: bytes | str, now: float) -> None:
+        queue = self._changing[owner]
+        while queue:
+            if self._offers.wait_s(now, owner) > 0:
+                self._catch_up_later(now, owner)
+                return
+            worker = queue.popleft()
+            payload, worker.change = worker.change, None
+            if payload is None or self.registry.workers.get(worker.identity) is not worker:
+                continue
+            self.register(now, worker.identity, payload, update=True, user=worker.user)
+        del self._changing[owner]
 
     def _update(self, now: float, worker: Worker, ready: m.Ready) -> None:
         """It offers something else than before: what runs on it runs on, under the same epoch."""
@@ -311,8 +353,10 @@ class Membership:
         grace_s = self.config.orphan_grace_s
         self.flights.fail_waiting(pool, frozenset(need for need, since_s in pool.orphans.items() if since_s + grace_s <= now), now)
         if pool.empty_s is not None and pool.empty_s + grace_s <= now:
-            if not pool.running:
+            if not (pool.running or pool.waiting):
                 self.registry.discard(pool)
                 return
-            pool.empty_s = now  # what runs on a worker that has left this model may come back here, to wait for another
+            # What runs on a worker that has left this model may come back here, to wait for another; some may have just now, since who is
+            # told of an end may be gone, and a worker found gone when more of that one's is cancelled.
+            pool.empty_s = now
         self.look_after(pool, now)

@@ -501,7 +501,7 @@ class Ready(_Array):
     protocol: int
     name: Name
     backend: Label
-    state: str
+    state: Label
     models: Annotated[list[ModelCard], Meta(max_length=MAX_MODELS)]
     slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]
     speed: Annotated[float, Meta(gt=0, le=MAX_SPEED)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from math import ceil
 from random import Random
@@ -52,6 +53,11 @@ class Pool:
         self._orphaned: dict[FairQueue, float] = {}
         self._affinity: Affinity[Worker] | None = None
         self._met: frozenset[Need] = frozenset()
+        self._counted: dict[bytes, tuple[ModelCard, bool]] = {}
+        """Each worker's card as it is counted, and whether it loads: with each that comes or goes only its own is looked at."""
+        self._verbs: Counter[str] = Counter()
+        self._aliases: Counter[str] = Counter()
+        self._loaded = 0
 
     def __repr__(self) -> str:
         return f"Pool({self.model!r}, {len(self.workers)} workers, {len(self.waiting)} waiting)"
@@ -79,7 +85,7 @@ class Pool:
         worker.watching[self] = None
         if self._affinity is not None:
             self._affinity.add(worker)
-        self._members_changed()
+        self._count(worker.identity, (worker.cards[self.model], self.loads(worker)))
 
     def remove(self, worker: Worker) -> None:
         """A worker of this model has gone."""
@@ -89,12 +95,12 @@ class Pool:
         self.moved.pop(worker, None)
         if self._affinity is not None:
             self._affinity.remove(worker)
-        self._members_changed()
+        self._count(worker.identity, None)
 
     def update(self, worker: Worker) -> None:
         """A worker of this model offers it in another way."""
         self.policy.changed(worker)
-        self._members_changed()
+        self._count(worker.identity, (worker.cards[self.model], self.loads(worker)))
 
     @property
     def slots(self) -> int:
@@ -127,8 +133,9 @@ class Pool:
         self.orphans = {need: self._orphaned[queue] for need, queue in hopeless.items()}
 
     def has_hope(self, need: Need, avoid: frozenset[str]) -> bool:
-        """Whether a worker that may get work now meets the need, free or not, and is none of those."""
-        others = (worker for worker in self.workers.values() if worker.usable and worker.name not in avoid)
+        """Whether a worker that has slots for such work now meets the need, free or not, and is none of those."""
+        able = (worker for worker in self.workers.values() if worker.usable and worker.shares[self.model].of(worker.slots))
+        others = (worker for worker in able if worker.name not in avoid)
         return any(need.met_by(worker.cards[self.model]) for worker in others)
 
     def serves(self, worker: Worker, need: Need) -> bool:
@@ -176,14 +183,32 @@ class Pool:
             worker.watching[self] = None
         self.moved.clear()
 
-    def _members_changed(self) -> None:
-        offers = [frozenset(worker.cards[self.model].verbs) for worker in self.workers.values() if not self.loads(worker)]
-        verbs = frozenset.intersection(*offers) if offers else frozenset()
+    def _count(self, identity: bytes, offer: tuple[ModelCard, bool] | None) -> None:
+        """A worker offers this now, None: nothing any more. What all of them offer together is kept up, and not made anew."""
+        before = self._counted.get(identity)
+        if offer == before:
+            return
+        if before is not None:
+            self._add(*before, -1)
+        if offer is None:
+            del self._counted[identity]
+        else:
+            self._counted[identity] = offer
+            self._add(*offer, 1)
+        verbs = (verb for verb, workers in self._verbs.items() if workers == self._loaded)
         self._met = frozenset(map(Need, verbs))  # what any of them can do needs no check
-        if self.workers:
-            self.card = min(self.workers.values(), key=self.loads).cards[self.model]
-            known = [frozenset(worker.cards[self.model].aliases) for worker in self.workers.values()]
+        if self._counted:
+            first = next(iter(self._counted.values()))
+            self.card = next((card for card, loads in self._counted.values() if not loads), first[0])
             common = self.aliases - self.partial
-            self.aliases = frozenset.union(*known)
-            self.partial = self.aliases - frozenset.intersection(*known)
+            self.aliases = frozenset(self._aliases)
+            self.partial = frozenset(alias for alias, workers in self._aliases.items() if workers < len(self._counted))
             self.unheeded |= common - (self.aliases - self.partial)
+
+    def _add(self, card: ModelCard, loads: bool, sign: int) -> None:
+        for counts, names in ((self._aliases, card.aliases), (self._verbs, () if loads else card.verbs)):
+            for name in set(names):
+                counts[name] += sign
+                if not counts[name]:
+                    del counts[name]
+        self._loaded += 0 if loads else sign

@@ -108,7 +108,7 @@ class Recovery:
             if call.next_seq > 0 and not resumable(call):
                 return None
         else:
-            return self._turned_down(now, call, error)
+            return self.turned_down(now, call, error)
         self.until_s = now + self._failover_s
         if call.next_seq != self._seq or self._pauses is None:
             self._pauses = Backoff(FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
@@ -144,7 +144,8 @@ class Recovery:
         if self._recovered(now, call):
             self.attempts = 0
 
-    def _turned_down(self, now: float, call: Call, error: ZmqserveError) -> float | None:
+    def turned_down(self, now: float, call: Call, error: ZmqserveError) -> float | None:
+        """`after`, for what nobody has taken: never at once."""
         # A controller that has just started does not know all its workers yet.
         passing = (isinstance(error, RetryLater) and error.retryable) or isinstance(error, UnknownModel)
         if passing and now < self.until_s and (call.next_seq == 0 or resumable(call)):

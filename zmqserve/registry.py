@@ -29,6 +29,7 @@ class Worker:
 
     `shares`: the same for each model that it offers, or that it does not offer any more and still answers. `user` is its key, where it
     has one, and `key` that one's name.
+    `change`: its offer as it is to be, where that has come too soon after others.
     `watching`: those of its pools that know its load and state as they are, and must be told when they change.
     `stalled_s`: since when it gets no new work. `hangs`: its last heartbeat says that its engine hangs. `hung_s`: since when, until that
     has made something again. A worker whose engine has nothing to do can't tell, so it is tried with one request at a time until then.
@@ -50,6 +51,7 @@ class Worker:
         self.pools: list[Pool] = []
         self.watching: dict[Pool, None] = {}
         self.timers: list[Timer] = []
+        self.change: bytes | None = None
         self.flights: dict[tuple[int, int], Flight] = {}
         self.running = 0
         self.trials = 0

@@ -22,6 +22,7 @@ from .config import load_config
 from .controller import Controller
 from .credentials import CONTROLLER_KEY_VARIABLE, KEY_VARIABLE
 from .errors import InvalidParameter
+from .heap import freeze_heap
 from .keyring import WORKERS_PORT
 from .liveness import Backoff
 from .logs import Logger
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    freeze_heap()
     with controller:
         command = _command(args, controller.worker_endpoints[0])
         replicas += [Replica(n, args.backend.backend, command, worker_environment(count, gpus, n)) for n in range(count)]

@@ -185,7 +185,7 @@ class WaitingRoom:
 
     def head(self, needs: frozenset[Need] | None = None) -> Flight | None:
         """Who is next among those that ask for one of these; None for `needs`: among all."""
-        queues = [queue for need, queue in self.queues.items() if needs is None or need in needs]
+        queues = [self.queues[need] for need in (self.queues if needs is None else needs) if need in self.queues]
         return min(queues, key=FairQueue.rank).head() if queues else None
 
     def needs(self) -> list[Need]:

@@ -84,8 +84,8 @@ class WorkerConfig:
             ("controllers", len(set(controllers)) == len(controllers), "different endpoints"),
             ("name", self.name is None or 1 <= len(self.name) <= MAX_NAME, f"1 to {MAX_NAME} characters long"),
             ("slots", self.slots is None or 1 <= self.slots <= MAX_SLOTS, f"an integer from 1 to {MAX_SLOTS}"),
-            ("speed", 0 < self.speed <= MAX_SPEED, "above 0"),
-            ("ttl_s", 0.01 <= self.ttl_s <= 1e6, "at least 0.01"),
+            ("speed", 0 < self.speed <= MAX_SPEED, f"above 0, up to {MAX_SPEED:g}"),
+            ("ttl_s", 0.01 <= self.ttl_s <= 1e6, "from 0.01 to 1e6"),
             ("grace_s", 0 <= self.grace_s <= 1e7, "from 0 to 1e7"),
             ("outbox_bytes", self.outbox_bytes >= 1, "1 or more"),
         ):
@@ -133,6 +133,7 @@ class BaseModelWorker(ABC):
         self._ended = self._left_engine = self._owns_process = False
         self._links: LinkThread | None = None
         self._engine: Engine | None = None
+        self._loading: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -234,7 +235,8 @@ class BaseModelWorker(ABC):
         self._engine = engine = Engine(self, links, on_crash=self._fail, on_end=self._engine_ended)
         engine.start()
         links.start_with(engine)
-        threading.Thread(target=self._load, name=f"{self.name} load", daemon=True).start()
+        self._loading = threading.Thread(target=self._load, name=f"{self.name} load", daemon=True)
+        self._loading.start()
 
     def drain(self) -> None:
         """Take nothing new, finish what runs within `grace_s`, then end. From any thread; returns at once."""
@@ -294,9 +296,10 @@ class BaseModelWorker(ABC):
             raise self.failure
 
     @property
-    def left_engine(self) -> bool:
-        """Whether its engine had not ended a while after the worker. A thread of it may hang, and Python's exit waits for such for ever."""
-        return self._left_engine
+    def left_running(self) -> bool:
+        """Whether its engine, or `load`, went on when it had ended. Python's exit waits for threads that these may have made, for ever if
+        one hangs."""
+        return self._left_engine or (self._loading is not None and self._loading.is_alive())
 
     @property
     def failure(self) -> BaseException | None:

@@ -69,6 +69,7 @@ class Workload:
         self.ending = False
         self.drain_ends_s = inf
         self._open = 0
+        self._held_up_s = now()
         self._shared: dict[str, ModelCard] = {}
         self._worker = worker
         self._out = out
@@ -123,6 +124,7 @@ class Workload:
 
     def tick(self, now: float) -> float:
         """Let each link do what is due; returns when to call again."""
+        self._note_hold(now)
         due_s = self.drain_ends_s
         for link, lane in self.links.items():
             due_s = min(due_s, link.tick(now))
@@ -155,7 +157,9 @@ class Workload:
         # An engine may count several for a request (n), or one that has just ended.
         waiting = min(self.running, self._worker.waiting())
         yours = lane.yours if lane is not None else 0
-        return Load(self.running - waiting, waiting, yours, 1000 * self._worker.step_age_s())
+        now = self._now()
+        self._note_hold(now)
+        return Load(self.running - waiting, waiting, yours, 1000 * min(self._worker.step_age_s(), now - self._held_up_s))
 
     def offer(self, link: ControllerLink, head: ControllerHead, payload: bytes) -> bool:
         """As LinkHost says."""
@@ -177,8 +181,7 @@ class Workload:
             self.links[link] = lane
         self._open += 1
         if slot:
-            if not self.running:
-                self.desk.rouse()
+            self._note_hold(self._now())
             self.running += 1
             self.held[share] += 1
             lane.yours += 1
@@ -196,6 +199,7 @@ class Workload:
         """As LinkHost says."""
         lane = self.links[link]
         if lane is not None:
+            self._note_hold(self._now())
             lane.alive = False
             self._hand(self.desk.abort, lane)
             self.links[link] = None
@@ -226,6 +230,12 @@ class Workload:
             if all(other.state == "refused" for other in self.links):
                 text = f"the controller at {link.endpoint} refused worker {self._worker.name}: {refusal.why}"
                 self.end(Refused(text, data={"endpoint": link.endpoint, "code": refusal.code}))
+
+    def _note_hold(self, now: float) -> None:
+        """While all that runs, if anything, waits for controllers that take less than is made, an engine that does not step is well; and
+        how long it did not says nothing of it when that is over."""
+        if self.running == sum(lane.yours for lane in self.links.values() if lane is not None and self._out.pauses(lane)):
+            self._held_up_s = now
 
     def _tell_others(self, link: ControllerLink) -> None:
         if len(self.links) == 1:

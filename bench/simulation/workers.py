@@ -177,10 +177,9 @@ class WorkerNode(Node):
             self._end()
             return inf
         due_s = workload.tick(now)
-        if 2 * len(self._frames) <= FRAMES:
-            for lane in workload.links.values():
-                if lane is not None and lane.congested and 2 * (lane.posted_bytes - lane.gone_bytes) <= self.config.outbox_bytes:
-                    self._for_engine.append((lane.relieved,))
+        for lane in workload.links.values():
+            if lane is not None and lane.congested and not self.pauses(lane):
+                self._for_engine.append((lane.relieved,))
         if self._for_engine:
             calls, self._for_engine = self._for_engine, []
             self.soon(THREADS_S * self.random.random(), self._run_calls, calls)
@@ -201,6 +200,10 @@ class WorkerNode(Node):
 
     def behind(self, lane: Lane) -> bool:
         return len(self._frames) > FRAMES or lane.posted_bytes - lane.gone_bytes > self.config.outbox_bytes
+
+    def pauses(self, lane: Lane) -> bool:
+        waiting_bytes = lane.posted_bytes - lane.gone_bytes
+        return lane.congested and (2 * len(self._frames) > FRAMES or 2 * waiting_bytes > self.config.outbox_bytes)
 
     def wake(self) -> None:
         if not self._rung:

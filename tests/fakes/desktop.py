@@ -224,6 +224,8 @@ class Desktop:
         self.loop = Loop()
         self.times_taken = 0
         self.frames: deque[tuple[Lane, bytes, bytes, Answer | None]] = deque()
+        self.full: set[ControllerLink] = set()
+        """Whose controllers take nothing, so that what runs for them pauses."""
         self.for_desk: deque[tuple[Any, ...]] = deque()
         backend = Words(self.loop, in_tasks=in_tasks)
         self.desk = backend.desk = Desk(
@@ -267,6 +269,9 @@ class Desktop:
 
     def behind(self, lane: Lane) -> bool:
         return False
+
+    def pauses(self, lane: Lane) -> bool:
+        return lane.link in self.full
 
     def post(self, lane: Lane, head: bytes, payload: bytes, ended: Answer | None = None) -> None:
         self.frames.append((lane, head, payload, ended))
