@@ -151,7 +151,7 @@ _configured: list[Lines] = []
 
 
 def finish() -> None:
-    """Give lines that wait a moment to leave: for who has a last word to say, or ends the process past Python's own exit. Later lines are lost."""
+    """Give lines that wait a moment to leave, and take no more: for who has a last word, or ends the process past Python's own exit."""
     for lines in _configured:
         lines.close()
 
