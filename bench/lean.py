@@ -44,10 +44,12 @@ def prove(socket: zmq.Socket[bytes], keys: str, role: str) -> None:
         curve.identify(socket, Curve(read_pair(Path(keys, f"{role}.key_secret")), read_public(Path(keys, f"{role}s-port.key"))))
 
 
-def controller(ready: Connection, transport: str, folder: str, keys: str = "") -> None:
+def controller(ready: Connection, transport: str, folder: str, keys: str = "", busy_poll_us: float = 0) -> None:
     """A controller until the pipe says stop; then its CPU seconds go back. `keys`: see make_keys."""
     clients, workers = _endpoints(transport, folder, "curve" if keys else "controller")
-    served = Controller(clients=[clients], workers=[workers], curve_dir=keys or None, report=lambda *_a, **_k: None)
+    served = Controller(
+        clients=[clients], workers=[workers], curve_dir=keys or None, busy_poll_us=busy_poll_us, report=lambda *_a, **_k: None
+    )
     served.start()
     ready.send((served.client_endpoints[0], served.worker_endpoints[0]))
     _serve_cpu_seconds(ready)

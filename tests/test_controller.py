@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket as plain
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from zmqserve.controller import Controller
 from zmqserve.errors import BindFailed, InvalidEndpoint
 
 from .fakes.network import card
+from .processes import eventually
 
 PATIENCE_MS = 10_000
 ANY = "tcp://127.0.0.1:*"
@@ -105,6 +107,31 @@ def test_a_given_context_serves_inproc_and_stays_open() -> None:
                 assert _to_client.decode(client.recv()).choices[0].text == "hi"
     assert not context.closed
     context.term()
+
+
+@pytest.mark.parametrize("busy_poll_us", [0.0, 300_000.0])
+def test_it_looks_for_the_next_message_without_sleeping_for_as_long_as_it_is_told(
+    busy_poll_us: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polls: list[tuple[float, int, bool]] = []  # when it was asked, for how many ms, and whether something came
+    poll = zmq.zmq_poll
+
+    def watched(sockets: Any, timeout_ms: int) -> Any:
+        asked_s = time.monotonic()
+        ready = poll(sockets, timeout_ms)
+        polls.append((asked_s, timeout_ms, bool(ready)))
+        return ready
+
+    monkeypatch.setattr(zmq, "zmq_poll", watched)
+    with quiet(busy_poll_us=busy_poll_us) as controller, connected(controller.client_endpoints[0]) as client:
+        assert isinstance(ask(client, m.ListModels(1)), m.Models)
+        came_s = next(asked_s for asked_s, _, came in polls if came)
+        eventually(
+            lambda: any(timeout_ms > 0 and asked_s > came_s for asked_s, timeout_ms, _ in polls), PATIENCE_MS / 1000, "it sleeps again"
+        )
+    within = [timeout_ms for asked_s, timeout_ms, _ in polls if came_s < asked_s < came_s + busy_poll_us / 1e6]
+    assert not any(within)
+    assert (len(within) > 100) == (busy_poll_us > 0)
 
 
 def test_run_serves_in_the_calling_thread_until_stop() -> None:

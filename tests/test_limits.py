@@ -25,7 +25,7 @@ from .fakes.scripted import ScriptedClient, ScriptedWorker
 PAGE = (Path(__file__).parents[1] / "docs" / "limits.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")][1:]
 IN_RULES = "access.toml: "
-NO_LIMITS = {"ttl_s", "orphan_grace_s", "drain_grace_s", "seed"}
+NO_LIMITS = {"busy_poll_us", "ttl_s", "orphan_grace_s", "drain_grace_s", "seed"}
 """Numbers among the settings that bound nothing of a peer's."""
 
 

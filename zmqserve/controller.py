@@ -254,6 +254,7 @@ class Controller:
         pollin = int(zmq.POLLIN)
         most_poll_s = min(MOST_POLL_S, self.config.ttl_s / 6)
         gate, door = self._gate, None
+        busy_s, busy_until_s = self.config.busy_poll_us / 1e6, 0.0
         limit_bytes = default_limit_bytes() if self.config.memory_bytes is None else self.config.memory_bytes
         with contextlib.ExitStack() as stack:
             memory = stack.enter_context(contextlib.closing(MemoryWatch(limit_bytes)))
@@ -274,9 +275,13 @@ class Controller:
                     retry_s = relay.next_s()
                 next_s = min(when_s for when_s in (now + most_poll_s, due_s, retry_s) if when_s is not None)
                 above = self._parents.polled() if self._parents is not None else []
-                at_once = monitor.more or (door is not None and door.more)
+                at_once = monitor.more or (door is not None and door.more) or now < busy_until_s
                 ready = dict(zmq.zmq_poll(watched + above, 0 if at_once else max(0, ceil((next_s - now) * 1000))))
                 now = time.monotonic()
+                if busy_s and ready:
+                    busy_until_s = now + busy_s
+                elif now < busy_until_s:
+                    os.sched_yield()  # where cores are few, whoever makes the next message may need this one
                 if self._parents is not None:
                     self._parents.serve(now, ready, DRAIN)
                 if workers in ready:
