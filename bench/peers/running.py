@@ -118,10 +118,11 @@ def until(ready: Callable[[], bool], check: Callable[[], None], patience_s: floa
 
 def said_by(python: str, program: str) -> str | None:
     """What a program prints under another Python; None when it fails, or there is no such Python."""
-    try:
-        ended = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
+    with tempfile.TemporaryDirectory(prefix="zmqserve-bench-") as folder:  # FastChat leaves a log where it is imported
+        try:
+            ended = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False, cwd=folder)
+        except OSError:
+            return None
     return ended.stdout.strip() if ended.returncode == 0 else None
 
 
