@@ -293,7 +293,7 @@ def test_a_loop_may_end_under_open_streams_and_an_open_client() -> None:
         asyncio.run(leave())
         kept.clear()
         gc.collect()
-        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, 5, "no more descriptors than before")
+        eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, PATIENCE_S, "no more descriptors than before")
 
 
 def test_a_stream_may_be_closed_after_its_loop() -> None:
@@ -334,7 +334,7 @@ def test_a_forgotten_client_lets_go_while_its_loop_goes_on() -> None:
             await client.generate("m", "x", stream=False)
             driven = client._connection._driven
             client = None
-            await asyncio.to_thread(eventually, lambda: driven.pump.closed, 5, "closed")
+            await asyncio.to_thread(eventually, lambda: driven.pump.closed, PATIENCE_S, "closed")
 
     run(test)
 

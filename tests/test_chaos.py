@@ -236,8 +236,8 @@ def test_recovery_is_measured_from_the_signal_to_the_next_token() -> None:
     """A killed worker is seen by its broken connection, long before its heartbeats are missed."""
     (worker_s,) = recovery.measured(("mid-stream", "worker", signal.SIGKILL), 1)
     (controller_s,) = recovery.measured(("mid-stream", "controller", signal.SIGKILL), 1)
-    assert 0 < worker_s < 2.5
-    assert 0 < controller_s < 2.5
+    assert 0 < worker_s < 10
+    assert 0 < controller_s < 10
 
 
 @pytest.mark.heavy

@@ -348,14 +348,14 @@ def test_errors_are_typed_and_carry_data(start: Start) -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda c: c.generate("m", "x").text(), lambda c: c.models(), lambda c: c.status()])
-def test_a_controller_that_is_not_there_is_said_within_a_second(ask: Callable[[Client], Any]) -> None:
+def test_a_controller_that_is_not_there_is_said_soon(ask: Callable[[Client], Any]) -> None:
     with zmq.Context() as context, context.socket(zmq.REP) as socket:
         port = socket.bind_to_random_port("tcp://127.0.0.1")
         socket.unbind(f"tcp://127.0.0.1:{port}")
     began_s = monotonic()
     with Client(f"tcp://127.0.0.1:{port}") as client, pytest.raises(errors.ControllerUnreachable, match=rf"tcp://127\.0\.0\.1:{port}"):
         ask(client)
-    assert monotonic() - began_s < 1
+    assert monotonic() - began_s < PATIENCE_S, "long before the deadline"
 
 
 def test_a_listener_that_does_not_answer_is_unreachable(start: Start) -> None:
@@ -589,27 +589,27 @@ def test_pings_go_out_while_nobody_reads(start: Start) -> None:
     assert stream.text() == "ok"
 
 
-def test_the_ttl_is_said_soon_although_nobody_reads(start: Start) -> None:
+def test_the_ttl_is_said_soon_although_nobody_reads(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both for the first request of all, which waits for the Welcome, and for one of a client that was idle."""
+    monkeypatch.setattr("zmqserve.connection.NAP_S", 10 * PATIENCE_S)  # a keeper's own round
     broker, client = start(ttl_s=60.0)
     for _ in range(2):
-        began = monotonic()
         stream = client.generate("m", "x")
         rid = broker.expect(m.Generate).rid
         assert broker.pings.get(timeout=PATIENCE_S) == m.Ping(60_000, [rid])
-        assert monotonic() - began < 0.6, "well before a keeper's own round"
         broker.send(done(rid, 0, last=chunk(rid, 0, "ok")))
         assert stream.text() == "ok"
 
 
-def test_models_status_and_drain_keep_the_clients_timeout(start: Start) -> None:
+def test_models_status_and_drain_keep_the_clients_timeout(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The controller answers Pings and nothing else. Only the client knows of this deadline, so nothing is waited for after it."""
+    monkeypatch.setattr("zmqserve.session.DEADLINE_GRACE_S", 10 * PATIENCE_S)
     _, client = start(timeout_s=0.2)
     for ask in (client.models, client.status, lambda: client.drain_worker("w")):
         began = monotonic()
         with pytest.raises(errors.DeadlineExceeded, match=r"0\.2 s"):
             ask()
-        assert 0.2 <= monotonic() - began < 0.9
+        assert 0.2 <= monotonic() - began < PATIENCE_S
 
 
 def await_waiting(stream: Any) -> None:
@@ -711,8 +711,9 @@ def test_a_client_outlives_an_interrupt_anywhere_in_a_streams_finalizer(start: S
 # --- ends ----------------------------------------------------------------------------------------
 
 
-def test_a_drain_ends_in_time_while_another_thread_reads(start: Start) -> None:
-    """That one sleeps, and has nothing to do itself before the next second."""
+def test_a_drain_ends_in_time_while_another_thread_reads(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one sleeps, and has nothing to do itself for a long time."""
+    monkeypatch.setattr("zmqserve.connection.NAP_S", 10 * PATIENCE_S)
     broker, client = start(ttl_s=60, broker={"limits": m.Limits(ttl_ms=60_000), "pongs": False})
     stream = client.generate("m", "x")
     broker.expect(m.Generate)
@@ -721,7 +722,7 @@ def test_a_drain_ends_in_time_while_another_thread_reads(start: Start) -> None:
         broker.pings.get(timeout=PATIENCE_S)
         began_s = monotonic()
         assert not client.drain(0.1)
-        assert 0.1 <= monotonic() - began_s < 0.6
+        assert 0.1 <= monotonic() - began_s < PATIENCE_S
         with pytest.raises(errors.ConnectionFailed, match="closed"):
             reader.result(PATIENCE_S)
 

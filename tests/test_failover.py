@@ -224,7 +224,7 @@ def test_a_request_that_kills_workers_stops_after_two() -> None:
         with pytest.raises(errors.WorkerLost) as caught:
             client.generate("m", prompt, stream=False, max_tokens=50)
         assert not caught.value.retryable
-        eventually(lambda: deaths(workers.values()) >= 2, 5, "both processes at an end")
+        eventually(lambda: deaths(workers.values()) >= 2, PATIENCE_S, "both processes at an end")
         assert client.generate("m", "still there", stream=False, max_tokens=2).text == "still there"
         assert deaths(workers.values()) == 2
 

@@ -337,7 +337,7 @@ def test_an_idle_client_whose_connection_leads_nowhere_any_more_makes_another(st
     assert client.ask("generate", "m", "x", stream=False).text == "t0 t1 t2 "
 
 
-def test_nobody_there_is_said_within_a_second(kind: Callable[..., Asker]) -> None:
+def test_nobody_there_is_said_soon(kind: Callable[..., Asker]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         with kind(f"tcp://127.0.0.1:{taken.getsockname()[1]}") as client:
@@ -403,7 +403,7 @@ def test_no_descriptor_is_left(kind: Callable[..., Asker], way: str) -> None:
         before = descriptors()
         for _ in range(5):
             use()
-        eventually(lambda: descriptors() <= before, 5, "no more descriptors than before")
+        eventually(lambda: descriptors() <= before, PATIENCE_S, "no more descriptors than before")
 
 
 def test_none_can_be_pickled_or_copied(start: Start) -> None:

@@ -124,7 +124,7 @@ def kill_engine(client: Client, served: Served) -> float:
     with client.generate(MODEL, PROMPTS[1], max_tokens=500, ignore_eos=True, resume=False) as stream:
         next(stream)
         engine.kill()
-        gone_s = eventually(lambda: not client.status().workers, 1.0, "a dead engine's worker has left")
+        gone_s = eventually(lambda: not client.status().workers, 10.0, "a dead engine's worker has left")
         with pytest.raises(WorkerLost):
             read(stream)
     _, left = psutil.wait_procs(family, timeout=30)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import zmq
 
+from tests.processes import PATIENCE_S
 from zmqserve import messages as m
 
 _heads = m.decoder(m.WorkerHead)
@@ -54,7 +55,7 @@ class FakeController:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # A connection of the socket's former life may still hold the port for a moment.
-        ends_s = time.monotonic() + 5
+        ends_s = time.monotonic() + PATIENCE_S
         while True:
             try:
                 self.socket.bind(endpoint)
@@ -76,7 +77,7 @@ class FakeController:
 
     # --- what it hears ----------------------------------------------------------------------------
 
-    def receive(self, timeout_s: float = 5.0) -> Received:
+    def receive(self, timeout_s: float = PATIENCE_S) -> Received:
         """The next message of any kind."""
         ends_s = time.monotonic() + timeout_s
         while True:
@@ -95,7 +96,7 @@ class FakeController:
             if now >= ends_s:
                 raise TimeoutError(f"nothing came within {timeout_s} s")
 
-    def expect(self, *kinds: int, timeout_s: float = 5.0, where: Callable[[Received], bool] = lambda _: True) -> Received:
+    def expect(self, *kinds: int, timeout_s: float = PATIENCE_S, where: Callable[[Received], bool] = lambda _: True) -> Received:
         """The next message that is no heartbeat, unless LOAD is asked for; it must be of one of `kinds`. `where`: skip until it holds."""
         ends_s = time.monotonic() + timeout_s
         while True:
@@ -105,7 +106,7 @@ class FakeController:
             elif where(got):
                 return got
 
-    def answer_of(self, rid: int, timeout_s: float = 5.0) -> list[Received]:
+    def answer_of(self, rid: int, timeout_s: float = PATIENCE_S) -> list[Received]:
         """All messages up to the end of request `rid`, others' left in."""
         got: list[Received] = []
         while not got or got[-1].head.kind not in (m.DONE, m.FAILED) or got[-1].head.rid != rid:
@@ -126,7 +127,7 @@ class FakeController:
         welcome = m.WorkerWelcome(m.PROTOCOL, self.name, ttl_ms, message_bytes=self.message_bytes)
         self.send(m.ControllerHead(m.WELCOME, self.epoch), m.encode(welcome))
 
-    def register(self, *, timeout_s: float = 5.0, ttl_ms: int = 3000) -> m.Ready:
+    def register(self, *, timeout_s: float = PATIENCE_S, ttl_ms: int = 3000) -> m.Ready:
         """Welcome every READY until one says ``ready``; returns it."""
         while True:
             got = self.expect(m.READY, timeout_s=timeout_s)

@@ -15,7 +15,7 @@ from zmqserve.sockets import SocketLimits, router
 
 from .network import card
 
-PATIENCE_MS = 5000
+PATIENCE_MS = 20_000
 
 
 def piece(rest: bytes) -> bytes:
