@@ -109,7 +109,7 @@ def test_a_given_context_serves_inproc_and_stays_open() -> None:
     context.term()
 
 
-@pytest.mark.parametrize("busy_poll_us", [0.0, 300_000.0])
+@pytest.mark.parametrize("busy_poll_us", [0.0, 1_000_000.0])
 def test_it_looks_for_the_next_message_without_sleeping_for_as_long_as_it_is_told(
     busy_poll_us: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,7 @@ def test_it_looks_for_the_next_message_without_sleeping_for_as_long_as_it_is_tol
         )
     within = [timeout_ms for asked_s, timeout_ms, _ in polls if came_s < asked_s < came_s + busy_poll_us / 1e6]
     assert not any(within)
-    assert (len(within) > 100) == (busy_poll_us > 0)
+    assert (len(within) > 10) == (busy_poll_us > 0)
 
 
 def test_run_serves_in_the_calling_thread_until_stop() -> None:

@@ -73,14 +73,14 @@ def test_embeddings_are_raw_float32(theirs: ServedController) -> None:
 
 
 def test_a_worker_that_says_nothing_but_heartbeats_stays(theirs: ServedController) -> None:
-    with ServedController() as controller, node_worker(controller, "nw", "--ttl-ms", 600), Client(controller.clients) as client:
+    with ServedController() as controller, node_worker(controller, "nw", "--ttl-ms", 1000), Client(controller.clients) as client:
         began_s = time.monotonic()
         (before,) = client.status().workers
         # For three of its ttls; a worker that were given up would come back, younger.
-        eventually(lambda: time.monotonic() - began_s > 1.8, PATIENCE_S, "1.8 s passed")
+        eventually(lambda: time.monotonic() - began_s > 3.0, PATIENCE_S, "3 s passed")
         (after,) = client.status().workers
-        assert after.up_s - before.up_s >= 1.7
-        assert after.heard_ms < 600
+        assert after.up_s - before.up_s >= 2.9
+        assert after.heard_ms < 1000
 
 
 def test_a_stopped_worker_is_given_up_and_comes_back() -> None:
