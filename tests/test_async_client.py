@@ -351,11 +351,11 @@ def test_a_blocking_client_works_inside_a_coroutine() -> None:
 def test_pings_go_out_while_nobody_reads_and_a_silent_controller_is_lost() -> None:
     async def test() -> None:
         with Broker() as broker:
-            async with AsyncClient(broker.endpoint, ttl_s=0.3) as client:
+            async with AsyncClient(broker.endpoint, ttl_s=1.0) as client:
                 stream = await client.generate("m", "x")
                 for _ in range(4):
                     ping = await asyncio.to_thread(broker.pings.get, timeout=PATIENCE_S)
-                    assert ping == m.Ping(300, [stream.rid])
+                    assert ping == m.Ping(1000, [stream.rid])
                 broker.pongs = False
                 with pytest.raises(errors.ControllerLost, match="silent"):
                     await stream.text()

@@ -390,7 +390,7 @@ def test_a_controller_that_falls_silent_is_lost_after_the_ttl(start: Start) -> N
 
 
 def test_what_a_restarted_controller_does_not_know_is_sent_again(start: Start) -> None:
-    broker, client = start(ttl_s=0.3)
+    broker, client = start(ttl_s=1.0)
     stream = client.generate("m", "x")
     rid = broker.expect(m.Generate).rid
     broker.controller, broker.unknown = "fake-2", [rid]
@@ -471,7 +471,7 @@ def test_an_interrupt_in_a_failover_cancels(start: Start) -> None:
 
 def test_after_a_loss_the_client_works_again(start: Start) -> None:
     """Whether it is seen as lost or as unreachable depends on whether the connection's end was noticed before the request left."""
-    broker, client = start(echo, ttl_s=0.3)
+    broker, client = start(echo, ttl_s=1.0)
     assert client.generate("m", "x", stream=False).text
     endpoint = broker.endpoint
     broker.close()
@@ -580,11 +580,11 @@ def test_requests_of_other_threads_get_through_while_one_waits(start: Start) -> 
 
 
 def test_pings_go_out_while_nobody_reads(start: Start) -> None:
-    broker, client = start(ttl_s=0.3)
+    broker, client = start(ttl_s=1.0)
     stream = client.generate("m", "x")
     rid = broker.expect(m.Generate).rid
     for _ in range(5):
-        assert broker.pings.get(timeout=PATIENCE_S) == m.Ping(300, [rid])
+        assert broker.pings.get(timeout=PATIENCE_S) == m.Ping(1000, [rid])
     broker.send(done(rid, 0, last=chunk(rid, 0, "ok")))
     assert stream.text() == "ok"
 
@@ -652,7 +652,7 @@ def test_an_interrupt_leaves_streams_and_client_usable(start: Start, leads: bool
 
 def test_a_lead_that_an_interrupt_tore_away_is_taken_up_again(start: Start) -> None:
     """As if KeyboardInterrupt had hit between taking the lead and the guard that returns it."""
-    broker, client = start(ttl_s=0.3)
+    broker, client = start(ttl_s=1.0)
     stream = client.generate("m", "x")
     rid = broker.expect(m.Generate).rid
     connection: Any = client._connection

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -87,8 +86,8 @@ ENDS: dict[str, tuple[str, int, str]] = {
     "sys.exit": ("sys.exit(3)", 3, ""),
     "sys.exit in a thread's way": ("raise SystemExit", 0, ""),
     "exception": ("1 / 0", 1, "ZeroDivisionError: division by zero"),
-    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(10)", -signal.SIGTERM, ""),
-    "SIGINT": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(10)", -signal.SIGINT, "KeyboardInterrupt"),
+    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, ""),
+    "SIGINT": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", -signal.SIGINT, "KeyboardInterrupt"),
 }
 
 
@@ -98,12 +97,11 @@ def controller() -> Iterator[ServedController]:
         yield controller
 
 
-def run(controller: ServedController, program: str, *, options: tuple[str, ...] = (), stdin: str | None = None) -> tuple[int, str, float]:
-    """Its exit code, what it had to complain of, and how long it took."""
-    began_s = monotonic()
+def run(controller: ServedController, program: str, *, options: tuple[str, ...] = (), stdin: str | None = None) -> tuple[int, str]:
+    """Its exit code, and what it had to complain of."""
     command = [sys.executable, *options, *([] if stdin else ["-c", PRELUDE + program]), controller.clients]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, input=stdin, check=False)
-    return ended.returncode, ended.stderr, monotonic() - began_s
+    return ended.returncode, ended.stderr
 
 
 @pytest.mark.parametrize("end", ENDS)
@@ -112,12 +110,11 @@ def test_a_program_ends_with_open_answers(controller: ServedController, program:
     how, wanted, last = ENDS[end]
     # In development mode who does not close a socket is told so. An asyncio loop that is not closed complains there of itself.
     options = () if "never closed" in program else ("-X", "dev")
-    code, complaints, took_s = run(controller, f"{OPEN[program]}\n{how}\n", options=options)
+    code, complaints = run(controller, f"{OPEN[program]}\n{how}\n", options=options)
     lines = [line for line in complaints.splitlines() if "ResourceWarning: Unclosed socket <zmq." not in line]
     assert (code, lines[-1:]) == (wanted, [last] if last else []), complaints
     assert "ignored" not in complaints
     assert complaints.count("Traceback") == bool(last), complaints
-    assert took_s < 8
 
 
 INTERRUPTED: dict[str, str] = {
@@ -304,17 +301,17 @@ def last():
 
 @pytest.mark.parametrize("case", [*INTERRUPTED])
 def test_an_interrupt_ends_the_waiting_and_leaves_the_client_usable(controller: ServedController, case: str) -> None:
-    assert run(controller, INTERRUPTED[case])[:2] == (7, "")
+    assert run(controller, INTERRUPTED[case]) == (7, "")
 
 
 @pytest.mark.parametrize("case", [*HANDLERS])
 def test_a_signal_handler_may_use_the_client_that_it_interrupts(controller: ServedController, case: str) -> None:
-    assert run(controller, HANDLERS[case])[:2] == (7, "")
+    assert run(controller, HANDLERS[case]) == (7, "")
 
 
 @pytest.mark.parametrize("case", [*LATE])
 def test_a_client_may_be_used_when_the_interpreter_ends(controller: ServedController, case: str) -> None:
-    assert run(controller, LATE[case])[:2] == (7, "")
+    assert run(controller, LATE[case]) == (7, "")
 
 
 def test_the_asyncio_prompt_takes_it(controller: ServedController) -> None:
@@ -341,7 +338,7 @@ def test_the_asyncio_prompt_takes_it(controller: ServedController) -> None:
 @pytest.mark.parametrize("program", ["loop"])
 def test_another_event_loop_will_do(controller: ServedController, program: str) -> None:
     for source, wanted in ((OPEN[program], 0), (INTERRUPTED[program], 7), (INTERRUPTED["map on a loop"], 7)):
-        assert run(controller, source.replace("asyncio.run(", "__import__('uvloop').run("))[:2] == (wanted, "")
+        assert run(controller, source.replace("asyncio.run(", "__import__('uvloop').run(")) == (wanted, "")
 
 
 def test_a_kernel_that_runs_a_loop_takes_both(controller: ServedController, tmp_path: Any) -> None:
@@ -365,4 +362,4 @@ async def kernel():
 asyncio.run(kernel())
 sys.exit(7)
 """
-    assert run(controller, program)[:2] == (7, "")
+    assert run(controller, program) == (7, "")

@@ -102,14 +102,14 @@ def pair() -> Iterator[Pair]:
 # --- controllers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fault", "within_s"), [(signal.SIGKILL, 1.5), (signal.SIGSTOP, 3.0)])
-def test_streams_go_on_at_the_next_controller(pair: Pair, fault: signal.Signals, within_s: float) -> None:
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_streams_go_on_at_the_next_controller(pair: Pair, fault: signal.Signals) -> None:
     client = pair.client()
     reading = Reading(client, 4, 100)
     pair.first.send(fault)
     assert reading.finish() == [1] * 4
     show(f"{fault.name} of a controller", reading)
-    assert max(reading.gaps_s) < within_s
+    assert max(reading.gaps_s) < PATIENCE_S
 
 
 def test_a_leaving_controller_passes_its_streams_on(pair: Pair) -> None:
@@ -118,7 +118,7 @@ def test_a_leaving_controller_passes_its_streams_on(pair: Pair) -> None:
     assert pair.first.end(signal.SIGTERM) == 0
     assert reading.finish() == [1] * 4
     show("SIGTERM of a controller", reading)
-    assert max(reading.gaps_s) < 1.5
+    assert max(reading.gaps_s) < PATIENCE_S
 
 
 def test_a_controller_that_comes_back_is_used_again(pair: Pair) -> None:
@@ -157,7 +157,7 @@ def test_without_a_controller_requests_end_after_failover_s_or_their_deadline() 
         for stream in (begun, late):
             with pytest.raises(errors.ControllerLost, match=r"none answered at .* within 1 s"):
                 stream.text()
-        assert 0.9 < monotonic() - lost_s < 2.5
+        assert 0.9 < monotonic() - lost_s < PATIENCE_S
         with pytest.raises(errors.ControllerUnreachable):
             client.models()
 
@@ -214,7 +214,7 @@ def test_streams_of_a_killed_worker_go_on_at_another(pair: Pair) -> None:
     resumed = reading.finish()
     show("SIGKILL of a worker", reading)
     assert set(resumed) == {0, 1}
-    assert max(reading.gaps_s) < 1.5
+    assert max(reading.gaps_s) < PATIENCE_S
 
 
 def test_a_request_that_kills_workers_stops_after_two() -> None:

@@ -83,7 +83,7 @@ def shared(served: list[HostedModel]) -> Iterator[list[Client]]:
     """Clients of two controllers that share one worker."""
     with ExitStack() as stack:
         controllers = [stack.enter_context(Controller(clients=["tcp://127.0.0.1:*"], workers=["tcp://127.0.0.1:*"])) for _ in range(2)]
-        config = WorkerConfig(controllers=tuple(each.worker_endpoints[0] for each in controllers), name="hosted", ttl_s=0.3)
+        config = WorkerConfig(controllers=tuple(each.worker_endpoints[0] for each in controllers), name="hosted", ttl_s=1.5)
         worker = stack.enter_context(HuggingfaceApiWorker(config, served))
         clients = [stack.enter_context(Client(each.client_endpoints[0], timeout_s=READY_S)) for each in controllers]
         worker.wait_ready(READY_S)

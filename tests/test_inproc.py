@@ -237,8 +237,8 @@ def test_a_context_that_its_owner_ends_ends_all(capfd: pytest.CaptureFixture[str
 
 def test_a_controller_that_is_stopped_and_started_again_has_everybody_back(context: Context) -> None:
     """Nobody is told of broken inproc connections: its peers find it by its silence, within its ttl."""
-    serving = controller(context, ttl_s=0.6)
-    with worker(context, delay_per_token_s=0.01, ttl_s=0.6) as echo, Client(CLIENTS, context=context, ttl_s=0.6) as client:
+    serving = controller(context, ttl_s=1.5)
+    with worker(context, delay_per_token_s=0.01, ttl_s=1.5) as echo, Client(CLIENTS, context=context, ttl_s=1.5) as client:
         serving.start()
         echo.wait_ready(PATIENCE_S)
         stream = client.generate("m", "a b c", max_tokens=LONG)
