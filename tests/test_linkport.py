@@ -95,6 +95,10 @@ class Owner:
         controller.register(ttl_ms=int(1000 * ttl_s))
         self.until(lambda: self.link.state == "registered")
 
+    def close(self) -> None:
+        self.port.close(0)
+        self.context.term()
+
 
 def welcomes(controller: FakeController) -> bool:
     """Whether a READY was among what it has heard; it is answered."""
@@ -126,8 +130,7 @@ def owner(controller: FakeController) -> Iterator[Owner]:
     owner = Owner(controller.endpoint)
     owner.register(controller)
     yield owner
-    owner.port.close(0)
-    owner.context.term()
+    owner.close()
 
 
 def test_messages_go_both_ways(controller: FakeController, owner: Owner) -> None:
@@ -151,7 +154,8 @@ def test_a_break_is_seen_at_once_and_each_of_them(controller: FakeController) ->
         assert (owner.breaks, owner.host.aborted) == (breaks, aborted + 1)
         controller.epoch = 0
         controller.bind(controller.endpoint)
-        owner.register(controller)
+        owner.register(controller, ttl_s=10 * WAIT_S)
+    owner.close()
 
 
 def test_a_fresh_socket_is_another_connection_and_watched_as_well(controller: FakeController, owner: Owner) -> None:
@@ -202,8 +206,7 @@ def test_where_no_socket_is_to_be_had_the_old_one_is_kept_until_there_is(control
     owner.until(lambda: owner.link.state == "registered")
     assert controller.worker != former
     assert len(owner.told) == 1
-    owner.port.close(0)
-    owner.context.term()
+    owner.close()
 
 
 def test_a_silent_controller_is_served_on_when_the_process_can_have_no_more_sockets(controller: FakeController) -> None:
@@ -215,8 +218,7 @@ def test_a_silent_controller_is_served_on_when_the_process_can_have_no_more_sock
     controller.send(m.ControllerHead(m.REQUEST, controller.epoch, 1, 1))
     owner.until(lambda: owner.host.asked == [1])
     assert (owner.link.state, owner.host.aborted) == ("registered", 1)
-    owner.port.close(0)
-    owner.context.term()
+    owner.close()
 
 
 def test_closing_says_goodbye(controller: FakeController) -> None:

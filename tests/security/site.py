@@ -20,6 +20,8 @@ TOKENS = 40
 MESSAGE_BYTES = 2**20
 NAME = "honest"
 TRIES, TRY_S = 50, 0.2
+AGAIN_S = 1.0
+"""After which a worker repeats a READY that was not answered."""
 SETTINGS = {"message_bytes": MESSAGE_BYTES, "client_requests": 20, "queue_requests": 50}
 
 _to_client = m.decoder(m.ToClient)
@@ -72,23 +74,35 @@ class RawWorker(RawPeer):
     def register(self, offer: Any = None) -> tuple[m.ControllerHead, bytes]:
         """Say READY with this offer; returns what was answered: WELCOME or REFUSED.
 
-        Where the controller cannot be certain who sent it (frames of others came before), it asks for it again with a number.
+        Where the controller cannot be certain who sent it (frames of others came before), it asks for it again with a number, or, of who is
+        registered, drops it: so it is said again after a while, as by each worker.
         """
         offer = ready() if offer is None else offer
-        self.say(m.READY, offer, epoch=0)
-        while (told := self.hear(m.WELCOME, m.REFUSED, m.REREGISTER))[0].kind == m.REREGISTER:
-            self.say(m.READY, offer)
-        return told
+        for _ in range(TRIES):
+            self.say(m.READY, offer, epoch=0)
+            with self._within(AGAIN_S), suppress(TimeoutError):
+                while (told := self.hear(m.WELCOME, m.REFUSED, m.REREGISTER))[0].kind == m.REREGISTER:
+                    self.say(m.READY, offer)
+                return told
+        raise AssertionError("its READY is not answered")
 
     def is_fenced(self, act: Callable[[], None]) -> bool:
         """Whether it is told to register again when it does so. A frame that fits nowhere may be anybody's while others send, too: then
         it is dropped, and nobody is blamed; so it is done some times."""
         for _ in range(TRIES):
             act()
-            self.socket.settimeout(TRY_S)
-            with suppress(TimeoutError):
+            with self._within(TRY_S), suppress(TimeoutError):
                 return self.hear(m.REREGISTER)[0].kind == m.REREGISTER
         return False
+
+    @contextmanager
+    def _within(self, timeout_s: float) -> Iterator[None]:
+        before_s = self.socket.gettimeout()
+        self.socket.settimeout(timeout_s)
+        try:
+            yield
+        finally:
+            self.socket.settimeout(before_s)
 
     def refusal(self, offer: Any) -> m.Refused:
         """Say READY, which must be refused."""
