@@ -28,7 +28,7 @@ test:
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/pytest -m busy -n 2
-	.venv/bin/pytest -m 'not busy' -n 2
+	.venv/bin/pytest -m 'not busy' -n 4
 
 # vLLM has an environment of its own: it pins PyTorch and much else.
 test-vllm:
