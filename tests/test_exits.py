@@ -49,6 +49,20 @@ client = Client(endpoint)
 results = client.map("m", (f"n{number}" for number in itertools.count()), concurrency=4)
 assert [next(results).text for _ in range(10)] == [f"n{number}" for number in range(10)]
 """,
+    "generators, and a thread with the client's lock": """
+# The end stops that thread, and ends the generators after that: they can't wait for it. With a thread in this module they would just stay.
+def served():
+    with Client(endpoint) as client, client.generate("m", "a b", **LONG) as stream:
+        next(stream)
+        yield client
+clients, holds = served(), threading.Event()
+client = next(clients)
+results = client.map("m", (f"n{number}" for number in itertools.count()), concurrency=4)
+assert next(results).text == "n0"
+scope = {"lock": client._connection._mutex, "holds": holds, "sleep": time.sleep}
+threading.Thread(target=exec, args=("with lock: holds.set(); sleep(60)", scope), daemon=True).start()
+holds.wait()
+""",
     "loop": """
 async def main():
     client = AsyncClient(endpoint)

@@ -6,7 +6,7 @@ one wake-up per message, as with a bare socket; a thread in between would add a 
 
 `_mutex` guards the line and the session: every call on either happens under it, and nobody sleeps with it. A signal handler or a
 finalizer may interrupt the very thread that has it, between any two instructions. Then it can't wait for that thread: what it closes
-or cancels is left to another one.
+or cancels is left to another one. When the interpreter ends it has stopped all other threads, perhaps one that had it: nobody waits then.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Connection:
 
     def cancel(self, call: Call) -> None:
         """Give a request up; harmless when it has ended."""
-        if call.end is not None:
+        if call.end is not None or sys.is_finalizing():
             return
         if self._inside:
             _thread.start_new_thread(self.cancel, (call,))
@@ -197,7 +197,9 @@ class Connection:
         return draining.whole
 
     def close(self) -> None:
-        """Cancel what is open, wake everybody, close the socket. Harmless when it is closed."""
+        """Cancel what is open, wake everybody, close the socket. Harmless when it is closed, and when the interpreter ends."""
+        if sys.is_finalizing():
+            return
         if self._inside:
             _thread.start_new_thread(self.close, ())
             return
@@ -219,6 +221,8 @@ class Connection:
         return bool(cast("Any", self._mutex)._is_owned())  # as threading.Condition asks
 
     def _check_outside(self) -> None:
+        if sys.is_finalizing():
+            raise RuntimeError("a finalizer asks the client when the interpreter has ended all threads; `atexit` is in time for that")
         if self._inside:
             what = "a signal handler or finalizer asks the client that it has interrupted; there it may only close it, or its streams"
             raise RuntimeError(what)

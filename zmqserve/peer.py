@@ -271,7 +271,7 @@ class Peer:
             self.forget()
 
     def _unreachable(self) -> ControllerUnreachable:
-        hint = "is one running (zmqserve controller), and is this its side for clients?"
+        hint = "is one running (zmqserve controller), is this its side for clients, and does it ask for a key?"
         message = f"no controller answered at {self.where} within {self._connect_timeout_s:g} s; {hint}"
         return ControllerUnreachable(message, data={"endpoints": list(self.endpoints)})
 

@@ -19,7 +19,7 @@ from .logs import Logger
 from .messages import ControllerHead, Load, ModelCard, Peek, Ready, RequestHeader
 
 log = Logger("zmqserve.worker")
-NEVER_HEARD = "trying on; is one running (zmqserve controller), and is this its side for workers?"
+NEVER_HEARD = "trying on; is one running (zmqserve controller), is this its side for workers, and does it ask for a key?"
 SLOT_TAGS = (2, 3)
 """Generate and Embed take a slot; what else is asked is quick."""
 
